@@ -1,0 +1,226 @@
+"""`Rollouts`: what happened when a policy answered prompts. Immutable, serializable data.
+
+Letters: B rows, T response positions (right-padded), P_i prompt length of row i.
+Entry t of every [B, T] tensor speaks of token t of the response; validity comes from
+`lengths` and `mask`, never from comparing with a padding id.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from tokenloom.masked import valid_positions
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Under what processing the tokens were drawn, and what `sampler_logprobs` refer to.
+
+    `temperature` divides the logits (0 means greedy, recorded at temperature 1); `top_k` 0
+    and `top_p` 1 mean no truncation. `processed` says which law `sampler_logprobs` record:
+    True, the law actually sampled from (after truncation); False, the temperature-scaled
+    full softmax, which is what training log-probs are compared with.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    max_tokens: int = 16
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    processed: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Rollouts:
+    """Sampled responses with their rewards.
+
+    Shapes and meanings are those of the architecture's table: `prompt_tokens` is a tuple of
+    int64 tensors [P_i]; `tokens` [B, T] int64; `lengths` [B] int64 valid response tokens (tool
+    output included); `mask` [B, T] bool, True where the policy sampled the token; `group_ids`
+    [B] int64, the prompt a row answers, in any order and any group size; `rewards` [B] float,
+    NaN for a response that could not be scored.
+
+    Raises:
+        ValueError: when shapes disagree or `mask` reaches beyond `lengths`.
+    """
+
+    prompt_tokens: tuple[Tensor, ...]
+    tokens: Tensor
+    lengths: Tensor
+    mask: Tensor
+    group_ids: Tensor
+    rewards: Tensor | None = None
+    reward_components: dict[str, Tensor] = field(default_factory=dict)
+    truncated: Tensor | None = None
+    answers: tuple[Any, ...] | None = None
+    prompts: tuple[dict[str, Any], ...] | None = None
+    sampler_logprobs: Tensor | None = None
+    sampling: Sampling = Sampling()
+    policy_version: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if self.tokens.ndim != 2:
+            raise ValueError(f"tokens must be [B, T], got shape {tuple(self.tokens.shape)}")
+        b, t = self.tokens.shape
+        expected: dict[str, tuple[int, ...]] = {"lengths": (b,), "mask": (b, t), "group_ids": (b,)}
+        expected |= {name: (b,) for name in ("rewards", "truncated", "policy_version")}
+        expected["sampler_logprobs"] = (b, t)
+        for name, shape in expected.items():
+            value = getattr(self, name)
+            if value is not None and tuple(value.shape) != shape:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, expected {shape}")
+        for name, value in self.reward_components.items():
+            if tuple(value.shape) != (b,):
+                raise ValueError(f"reward component {name!r} has shape {tuple(value.shape)}, expected {(b,)}")
+        for name in ("prompt_tokens", "answers", "prompts"):
+            value = getattr(self, name)
+            if value is not None and len(value) != b:
+                raise ValueError(f"{name} has {len(value)} entries for {b} rows")
+        if self.mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bool, got {self.mask.dtype}; use mask.bool()")
+        if bool((self.lengths > t).any()) or bool((self.lengths < 0).any()):
+            raise ValueError(f"lengths must lie in [0, {t}], the padded width of tokens")
+        if bool((self.mask & ~valid_positions(self.lengths, t)).any()):
+            raise ValueError("mask is True beyond a row's length: a padding token cannot have been sampled")
+
+    def __len__(self) -> int:
+        return int(self.tokens.shape[0])
+
+    @classmethod
+    def build(
+        cls,
+        prompt_tokens: Sequence[Sequence[int] | Tensor],
+        response_tokens: Sequence[Sequence[int] | Tensor],
+        group_ids: Sequence[int] | Tensor,
+        *,
+        pad_id: int = 0,
+        response_masks: Sequence[Sequence[bool]] | None = None,
+        sampler_logprobs: Sequence[Sequence[float] | Tensor] | None = None,
+        **rest: Any,
+    ) -> Self:
+        """Pad ragged responses on the right into one batch. `pad_id` is cosmetic: nothing compares with it."""
+        rows = [torch.as_tensor(r, dtype=torch.int64).reshape(-1) for r in response_tokens]
+        lengths = torch.tensor([len(r) for r in rows], dtype=torch.int64)
+        t = int(lengths.max()) if len(rows) else 0
+        tokens = torch.full((len(rows), t), pad_id, dtype=torch.int64)
+        logprobs = torch.zeros(len(rows), t) if sampler_logprobs is not None else None
+        mask = valid_positions(lengths, t)
+        for i, row in enumerate(rows):
+            tokens[i, : len(row)] = row
+            if response_masks is not None:
+                mask[i, : len(row)] = torch.as_tensor(response_masks[i], dtype=torch.bool)
+            if logprobs is not None and sampler_logprobs is not None:
+                logprobs[i, : len(row)] = torch.as_tensor(sampler_logprobs[i], dtype=torch.float32)
+        return cls(
+            prompt_tokens=tuple(torch.as_tensor(p, dtype=torch.int64).reshape(-1) for p in prompt_tokens),
+            tokens=tokens,
+            lengths=lengths,
+            mask=mask,
+            group_ids=torch.as_tensor(group_ids, dtype=torch.int64),
+            sampler_logprobs=logprobs,
+            **rest,
+        )
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed, validated again."""
+        return replace(self, **changes)
+
+    def rows(self, index: Tensor | Sequence[int]) -> Self:
+        """The rows at `index` [n] (int64), in that order, with every field cut alike. T is kept."""
+        at = torch.as_tensor(index, dtype=torch.int64).reshape(-1)
+        chosen = at.tolist()
+        changes: dict[str, Any] = {"reward_components": {k: v[at] for k, v in self.reward_components.items()}}
+        for name in _TENSORS:
+            value = getattr(self, name)
+            changes[name] = None if value is None else value[at]
+        for name in _LISTS:
+            value = getattr(self, name)
+            changes[name] = None if value is None else tuple(value[i] for i in chosen)
+        return replace(self, **changes)
+
+    @classmethod
+    def concat(cls, parts: Sequence[Self]) -> Self:
+        """Stack batches row-wise, padding T to the widest. `group_ids` are kept: equal ids are one group.
+
+        Raises:
+            ValueError: on an empty list, or when a field is present in some batches only.
+        """
+        if not parts:
+            raise ValueError("concat needs at least one batch")
+        t = max(int(p.tokens.shape[1]) for p in parts)
+        changes: dict[str, Any] = {}
+        for name in (*_TENSORS, *_LISTS):
+            values = [getattr(p, name) for p in parts]
+            if any(v is None for v in values):
+                if not all(v is None for v in values):
+                    raise ValueError(f"{name} is present in some of the batches only; fill or drop it first")
+                changes[name] = None
+            elif name in _LISTS:
+                changes[name] = tuple(x for v in values for x in v)
+            else:
+                changes[name] = torch.cat([_widen(v, t) if v.ndim == 2 else v for v in values])
+        names = {tuple(sorted(p.reward_components)) for p in parts}
+        if len(names) > 1:
+            raise ValueError(f"the batches name different reward components: {sorted(names)}")
+        changes["reward_components"] = {
+            k: torch.cat([p.reward_components[k] for p in parts]) for k in parts[0].reward_components
+        }
+        return replace(parts[0], **changes)
+
+    def response(self, row: int) -> Tensor:
+        """Token ids of one response without padding, [lengths[row]] int64."""
+        return self.tokens[row, : int(self.lengths[row])]
+
+    def save(self, folder: str | Path) -> None:
+        """Write `rollouts.safetensors` and `rollouts.json` into `folder` (made if missing)."""
+        from safetensors.torch import save_file
+
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        tensors = {n: getattr(self, n).contiguous() for n in _TENSORS if getattr(self, n) is not None}
+        tensors |= {f"reward_components.{k}": v.contiguous() for k, v in self.reward_components.items()}
+        tensors["prompt_tokens"] = (
+            torch.cat(self.prompt_tokens) if self.prompt_tokens else torch.zeros(0, dtype=torch.int64)
+        )
+        tensors["prompt_lengths"] = torch.tensor([len(p) for p in self.prompt_tokens], dtype=torch.int64)
+        save_file(tensors, target / "rollouts.safetensors")
+        meta = {"answers": self.answers, "prompts": self.prompts, "sampling": asdict(self.sampling)}
+        (target / "rollouts.json").write_text(json.dumps(meta, default=str), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Self:
+        """Read what `save` wrote. Answers and prompt metadata come back as JSON values."""
+        from safetensors.torch import load_file
+
+        source = Path(folder)
+        tensors = load_file(source / "rollouts.safetensors")
+        meta = json.loads((source / "rollouts.json").read_text(encoding="utf-8"))
+        prompt_lengths = tensors.pop("prompt_lengths").tolist()
+        prompt_tokens = tuple(torch.split(tensors.pop("prompt_tokens"), prompt_lengths)) if prompt_lengths else ()
+        head = "reward_components."
+        components = {k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)}
+        sampling = meta["sampling"] | {"stop": tuple(meta["sampling"]["stop"])}
+        return cls(
+            prompt_tokens=prompt_tokens,
+            reward_components=components,
+            answers=None if meta["answers"] is None else tuple(meta["answers"]),
+            prompts=None if meta["prompts"] is None else tuple(meta["prompts"]),
+            sampling=Sampling(**sampling),
+            **{k: v for k, v in tensors.items() if not k.startswith(head)},
+        )
+
+
+_LISTS = ("prompt_tokens", "answers", "prompts")
+_TENSORS = tuple(f.name for f in fields(Rollouts) if f.name not in (*_LISTS, "reward_components", "sampling"))
+
+
+def _widen(x: Tensor, width: int) -> Tensor:
+    return torch.nn.functional.pad(x, (0, width - x.shape[1]))

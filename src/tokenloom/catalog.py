@@ -1,0 +1,392 @@
+"""The catalog: parts, presets, and how they are found by name.
+
+A part is a plain function. Its positional parameters are vocabulary names and are injected; one
+with a default is injected when present. Its keyword-only parameters are hyperparameters, and their
+annotations and defaults are the recipe's schema.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import pkgutil
+import sys
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+from tokenloom.schedule import Schedule
+from tokenloom.vocabulary import known_names
+
+Stage = Literal[
+    "sampling", "reward", "advantage", "select", "credit", "weight", "aggregate",
+    "log_ratio", "bounds", "surrogate", "term", "updates", "metric",
+]  # fmt: skip
+Scope = Literal["token", "row", "group", "batch"]
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Hyperparameter:
+    """A keyword-only parameter of a part: its annotation and the paper's default."""
+
+    annotation: Any
+    default: Any
+
+
+@dataclass(frozen=True)
+class Part:
+    """A registered part. `inputs` maps injected names to whether they are required."""
+
+    name: str
+    stage: Stage
+    scope: Scope
+    paper: str
+    function: Callable[..., Any]
+    inputs: dict[str, bool]
+    hyperparameters: dict[str, Hyperparameter]
+    multiplier: Callable[..., Any] | None = None
+    refill: bool = False
+    gives: frozenset[str] = frozenset()
+    properties: frozenset[str] = frozenset()
+
+    @property
+    def slug(self) -> str:
+        """The method that the part belongs to."""
+        return self.name.split("/")[0]
+
+    @property
+    def family(self) -> str:
+        """The folder of `methods/` that the part lives in, "user" for parts from elsewhere."""
+        return _family(self.function)
+
+    @property
+    def summary(self) -> str:
+        """First line of the docstring."""
+        return (inspect.getdoc(self.function) or "").split("\n")[0]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A registered composition: a function of keyword parameters that returns an `Algorithm`."""
+
+    slug: str
+    paper: str
+    function: Callable[..., Any]
+    parameters: dict[str, Hyperparameter]
+
+    @property
+    def family(self) -> str:
+        """The folder of `methods/` that the preset lives in."""
+        return _family(self.function)
+
+    @property
+    def dialects(self) -> tuple[str, ...]:
+        """Frameworks whose reading of the name the preset reproduces."""
+        found = self.parameters.get("dialect")
+        return tuple(get_args(found.annotation)) if found else ()
+
+
+@dataclass(frozen=True)
+class Method:
+    """Everything the catalog knows under one slug."""
+
+    slug: str
+    family: str
+    paper: str
+    document: str
+    parts: list[Part] = field(default_factory=list)
+    preset: Preset | None = None
+
+    @property
+    def stages(self) -> list[str]:
+        """The stages of its parts; `preset` alone for a pure composition."""
+        return sorted({p.stage for p in self.parts}) or ["preset"]
+
+
+_PARTS: dict[str, Part] = {}
+_PRESETS: dict[str, Preset] = {}
+_loaded = False
+
+
+def part(
+    name: str,
+    *,
+    stage: Stage,
+    scope: Scope,
+    paper: str,
+    multiplier: Callable[..., Any] | None = None,
+    refill: bool = False,
+    gives: Iterable[str] = (),
+    properties: Iterable[str] = (),
+) -> Callable[[F], F]:
+    """Register a function as a part; the function itself is returned unchanged.
+
+    Args:
+        name: `slug`, or `slug/part` when the method has several.
+        scope: how much of the batch it must see at once.
+        paper: "arXiv:NNNN.NNNNN" or another citation.
+        multiplier: for surrogates, the closed form of d objective / d logprobs / advantages at the
+            token ratio, a function of vocabulary names and the same hyperparameters.
+        refill: for select parts, whether dropped groups are to be replaced by newly sampled ones.
+        gives: vocabulary names that an advantage part hands on besides its advantages, e.g. "returns".
+        properties: declared exemptions from laws, e.g. "order-dependent".
+
+    Raises:
+        ValueError: for a positional parameter outside the vocabulary, a hyperparameter without a
+            default, an unknown stage or scope, or a name that another function holds.
+    """
+    if stage not in get_args(Stage):
+        raise ValueError(f"part {name!r}: unknown stage {stage!r}{suggest(stage, get_args(Stage))}")
+    if scope not in get_args(Scope):
+        raise ValueError(f"part {name!r}: unknown scope {scope!r}{suggest(scope, get_args(Scope))}")
+
+    def register(function: F) -> F:
+        inputs, hyperparameters = signature_inputs(name, function)
+        made = Part(
+            name=name,
+            stage=stage,
+            scope=scope,
+            paper=paper,
+            function=function,
+            inputs=inputs,
+            hyperparameters=hyperparameters,
+            multiplier=multiplier,
+            refill=refill,
+            gives=frozenset(gives),
+            properties=frozenset(properties),
+        )
+        _claim(_PARTS, name, made)
+        function.__dict__["__part__"] = made
+        return function
+
+    return register
+
+
+def preset(slug: str, *, paper: str) -> Callable[[F], F]:
+    """Register a function of keyword-only parameters that returns an `Algorithm`."""
+
+    def register(function: F) -> F:
+        inputs, parameters = signature_inputs(slug, function)
+        if inputs:
+            raise ValueError(f"preset {slug!r}: parameters must be keyword-only, got {sorted(inputs)}")
+        made = Preset(slug, paper, function, parameters)
+        _claim(_PRESETS, slug, made)
+        function.__dict__["__preset__"] = made
+        return function
+
+    return register
+
+
+def get_part(name: str, stage: Stage | None = None) -> Part:
+    """Find a part by name, by import path (`my_parts.py:my_rule`, `package.module:rule`), or by entry point.
+
+    Raises:
+        ValueError: when it is unknown or belongs to another stage than `stage`.
+    """
+    found = _imported(name) if ":" in name else parts().get(name)
+    if found is None:
+        same_stage = [p.name for p in parts().values() if stage in (None, p.stage)]
+        raise ValueError(f"unknown {stage or 'part'} part {name!r}{suggest(name, same_stage)}")
+    if stage is not None and found.stage != stage:
+        choices = sorted(p.name for p in parts().values() if p.stage == stage)
+        raise ValueError(
+            f"{name!r} is a part of stage {found.stage!r} and cannot stand at stage {stage!r}; "
+            f"parts of that stage: {', '.join(choices)}"
+        )
+    return found
+
+
+def get_preset(slug: str) -> Preset:
+    """Find a preset by slug or import path.
+
+    Raises:
+        ValueError: when it is unknown.
+    """
+    if ":" in slug:
+        found = _resolve_import(slug).__dict__.get("__preset__")
+        if not isinstance(found, Preset):
+            raise ValueError(f"{slug!r} is not a preset: decorate it with @preset(...)")
+        return found
+    if slug not in presets():
+        hint = " It names a part: put it into a stage of another preset." if slug in parts() else ""
+        raise ValueError(f"unknown algorithm {slug!r}{suggest(slug, presets())}{hint}")
+    return presets()[slug]
+
+
+def parts() -> dict[str, Part]:
+    """Every registered part by name, library and entry points loaded."""
+    _load()
+    return _PARTS
+
+
+def presets() -> dict[str, Preset]:
+    """Every registered preset by slug."""
+    _load()
+    return _PRESETS
+
+
+def methods() -> dict[str, Method]:
+    """The catalog by slug: parts, preset, family, paper and the documentation of the method's file."""
+    table: dict[str, Method] = {}
+    entries: list[Preset | Part] = [*presets().values(), *parts().values()]
+    for entry in entries:
+        document = inspect.getdoc(inspect.getmodule(entry.function)) or ""
+        known = table.setdefault(entry.slug, Method(entry.slug, entry.family, entry.paper, document))
+        if isinstance(entry, Part):
+            known.parts.append(entry)
+        else:
+            object.__setattr__(known, "preset", entry)
+    return dict(sorted(table.items()))
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """ "; did you mean ...?" with the nearest known names, or the list when nothing is near and it is short."""
+    choices = sorted(known)
+    near = difflib.get_close_matches(name, choices, n=3, cutoff=0.55)
+    if near:
+        return f"; did you mean {' or '.join(repr(n) for n in near)}?"
+    return f"; known: {', '.join(choices)}" if choices else ""
+
+
+def check_parameters(owner: str, given: Mapping[str, Any], known: Mapping[str, Hyperparameter]) -> dict[str, Any]:
+    """Check hyperparameters by name and type; schedules (recipe form included) may stand where a float may.
+
+    Raises:
+        ValueError: naming the key, the value, what is allowed and the nearest known name.
+    """
+    checked: dict[str, Any] = {}
+    for key, value in given.items():
+        if key not in known:
+            raise ValueError(f"{owner}: unknown parameter {key!r}{suggest(key, known)}")
+        annotation = known[key].annotation
+        if isinstance(value, Mapping) and "schedule" in value:
+            value = Schedule.parse(value)
+        if not (_accepts(annotation, value) or (isinstance(value, Schedule) and _accepts(annotation, 0.5))):
+            raise ValueError(f"{owner}: {key} = {value!r} is not allowed; it takes {describe_type(annotation)}")
+        checked[key] = value
+    return checked
+
+
+def describe_type(annotation: Any) -> str:
+    """An annotation in a user's words."""
+    if get_origin(annotation) is Literal:
+        return "one of " + ", ".join(str(a) for a in get_args(annotation))
+    if get_origin(annotation) in (typing.Union, types.UnionType):
+        return " or ".join(describe_type(a) for a in get_args(annotation))
+    if annotation is type(None):
+        return "null"
+    return {"float": "a number", "int": "an integer", "bool": "true or false", "str": "text"}.get(
+        getattr(annotation, "__name__", ""), str(annotation)
+    )
+
+
+def signature_inputs(name: str, function: Callable[..., Any]) -> tuple[dict[str, bool], dict[str, Hyperparameter]]:
+    """Injected names (and whether each is required) and hyperparameters of a function, checked.
+
+    Raises:
+        ValueError: for a name outside the vocabulary or a hyperparameter without a default.
+    """
+    hints = typing.get_type_hints(function)
+    inputs: dict[str, bool] = {}
+    hyperparameters: dict[str, Hyperparameter] = {}
+    vocabulary = known_names()
+    for p in inspect.signature(function).parameters.values():
+        if p.kind is p.KEYWORD_ONLY:
+            if p.default is p.empty:
+                raise ValueError(f"{name!r}: hyperparameter {p.name!r} needs a default (the paper's)")
+            hyperparameters[p.name] = Hyperparameter(hints.get(p.name, Any), p.default)
+        elif p.name in vocabulary:
+            inputs[p.name] = p.default is p.empty
+        else:
+            raise ValueError(
+                f"{name!r}: positional parameter {p.name!r} is not in the vocabulary{suggest(p.name, vocabulary)} "
+                "Hyperparameters go behind a bare *."
+            )
+    return inputs, hyperparameters
+
+
+def _claim(table: dict[str, Any], name: str, made: Any) -> None:
+    held = table.get(name)
+    if held is not None and held.function.__qualname__ != made.function.__qualname__:
+        where = f"{held.function.__module__}.{held.function.__qualname__}"
+        raise ValueError(f"the name {name!r} is held by {where}; choose another")
+    table[name] = made
+
+
+def _accepts(annotation: Any, value: Any) -> bool:
+    if annotation is Any:
+        return True
+    origin = get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        return any(_accepts(a, value) for a in get_args(annotation))
+    if origin is Literal:
+        return value in get_args(annotation)
+    if annotation is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if annotation is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    kind = origin or annotation
+    return isinstance(value, kind) if isinstance(kind, type) else True
+
+
+def _family(function: Callable[..., Any]) -> str:
+    head, _, rest = function.__module__.partition("tokenloom.methods.")
+    return rest.split(".")[0].replace("_", "-") if not head and rest else "user"
+
+
+def _load() -> None:
+    global _loaded
+    if _loaded:
+        return
+    _loaded = True
+    root = importlib.import_module("tokenloom.methods")
+    for module in pkgutil.walk_packages(root.__path__, "tokenloom.methods."):
+        importlib.import_module(module.name)
+    for entry in importlib.metadata.entry_points(group="tokenloom.parts"):
+        entry.load()
+
+
+def _imported(path: str) -> Part:
+    found = _resolve_import(path).__dict__.get("__part__")
+    if not isinstance(found, Part):
+        raise ValueError(f"{path!r} is not a part: decorate the function with @part(...)")
+    return found
+
+
+def _resolve_import(path: str) -> Callable[..., Any]:
+    """`file.py:name` or `package.module:name`, imported; a file is imported once, under a name of its own."""
+    source, _, attribute = path.rpartition(":")
+    if source.endswith(".py"):
+        file = Path(source).expanduser().resolve()
+        if not file.is_file():
+            raise ValueError(f"{path!r}: there is no file {source!r} (looked in {Path.cwd()})")
+        module_name = f"tokenloom_user_{file.stem}_{abs(hash(str(file))):x}"
+        module = sys.modules.get(module_name)
+        if module is None:
+            spec = importlib.util.spec_from_file_location(module_name, file)
+            if spec is None or spec.loader is None:
+                raise ValueError(f"{path!r}: {source!r} cannot be loaded as Python")
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[module_name] = module
+            try:
+                spec.loader.exec_module(module)
+            except BaseException:
+                del sys.modules[module_name]
+                raise
+    else:
+        try:
+            module = importlib.import_module(source)
+        except ImportError as error:
+            raise ValueError(f"{path!r}: cannot import {source!r}: {error}") from error
+    if not hasattr(module, attribute):
+        names = [n for n in vars(module) if not n.startswith("_")]
+        raise ValueError(f"{source!r} has no {attribute!r}{suggest(attribute, names)}")
+    found: Callable[..., Any] = getattr(module, attribute)
+    return found

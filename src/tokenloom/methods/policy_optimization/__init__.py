@@ -1,0 +1,1 @@
+"""Policy optimization from verifiable rewards: from outcomes to a coefficient for every token."""
