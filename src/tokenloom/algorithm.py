@@ -29,6 +29,7 @@ from tokenloom.vocabulary import CURRENT
 _SINGLE = ("advantage", "aggregate", "log_ratio", "bounds", "surrogate", "updates")
 _LISTS = ("sampling", "reward", "select", "credit", "weight")
 _CONSTANTS = ("step", "total_steps", "max_tokens")
+_STATEFUL = ("reward", "advantage", "select", "credit", "weight", "updates")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Algorithm:
     preset: str = "custom"
 
     def __post_init__(self) -> None:
+        self._check_stages()
         for bound in (self.surrogate, self.log_ratio, self.bounds, *(t.part for t in self.terms)):
             if bound.coupled:
                 raise ValueError(
@@ -63,7 +65,7 @@ class Algorithm:
         for bound in (*self.credit, *self.weight, *(w for t in self.terms for w in t.weight)):
             if bound.late and "state" in bound.part.inputs:
                 raise ValueError(f"part {bound.part.name!r} reads the policy being trained and cannot carry state")
-        for bound in (*self.reward, self.advantage, *self.select, self.aggregate, self.updates):
+        for bound in (*self.reward, self.advantage, *self.select, self.updates, *(a for a, _ in self._aggregates())):
             if bound.late:
                 raise ValueError(
                     f"part {bound.part.name!r} reads {sorted(CURRENT & set(bound.part.inputs))}, which does not exist "
@@ -79,6 +81,18 @@ class Algorithm:
             if aggregate.params.get("count") == "weights" and any(w.late for w in weights):
                 late = [w.part.name for w in weights if w.late]
                 raise ValueError(f"count='weights' cannot see {late}, which read the policy being trained")
+
+    def _check_stages(self) -> None:
+        placed = [(b, _stage_of(key)) for key, b in self.bound_parts()]
+        placed += [(t.aggregate, "aggregate") for t in self.terms if t.aggregate]
+        for bound, stage in placed:
+            name, inputs = bound.part.name, set(bound.part.inputs)
+            if bound.part.stage != stage:
+                raise ValueError(f"{name!r} is a part of stage {bound.part.stage!r} and cannot stand at {stage!r}")
+            if "state" in inputs and stage not in _STATEFUL:
+                raise ValueError(f"part {name!r} cannot carry state at stage {stage!r}; stages that do: {_STATEFUL}")
+            if stage == "sampling" and (unknown := inputs - {"logits", "step", "total_steps"}):
+                raise ValueError(f"part {name!r} reads {sorted(unknown)}, which is not there while sampling")
 
     @classmethod
     def compose(
@@ -246,13 +260,25 @@ class Algorithm:
 
     # -- the plan -----------------------------------------------------------------------------------
 
-    def keep(self, rollouts: Rollouts, *, step: int = 0, total_steps: int | None = None) -> Tensor:
-        """[B] bool from the refilling select parts alone, which need no model: may these rows enter the batch?"""
+    def keep(
+        self,
+        rollouts: Rollouts,
+        state: Mapping[str, Any] | None = None,
+        *,
+        step: int = 0,
+        total_steps: int | None = None,
+    ) -> Tensor:
+        """[B] bool from the refilling select parts alone, which need no model: may these rows enter the batch?
+
+        `state` is `Plan.state` of the previous step, read and not changed.
+        """
         ctx = self._context(rollouts, Signals(), step, total_steps, None)
         kept = torch.ones(len(rollouts), dtype=torch.bool, device=rollouts.mask.device)
-        for bound in self.select:
+        for i, bound in enumerate(self.select):
             if bound.part.refill:
-                kept &= _named(ctx.call(bound), "keep")["keep"]
+                result = ctx.call(bound, (state or {}).get(f"select/{i}/{bound.part.name}"))
+                result = result[0] if "state" in bound.part.inputs else result
+                kept &= _rows_kept(bound, _named(result, "keep"), kept)
         return kept
 
     def plan(
@@ -288,8 +314,12 @@ class Algorithm:
             def run(key: str, bound: Bound, gives: str) -> dict[str, Any]:
                 result = ctx.call(bound, new_state.get(key))
                 if "state" in bound.part.inputs:
+                    if not (isinstance(result, tuple) and len(result) == 2):
+                        raise ValueError(f"part {bound.part.name!r} takes 'state' and must give (value, state)")
                     result, new_state[key] = result
                 named = _named(result, gives)
+                if gives not in named:
+                    raise ValueError(f"part {bound.part.name!r} must give {gives!r}, got {sorted(named)}")
                 for name, value in named.pop("metrics", {}).items():
                     metrics[f"{bound.part.name}/{name}"] = float(value)
                 return named
@@ -302,18 +332,20 @@ class Algorithm:
                 ctx.put(name, value)
             keep = torch.ones(len(rollouts), dtype=torch.bool, device=rollouts.mask.device)
             for i, bound in enumerate(self.select):
-                keep &= run(f"select/{i}/{bound.part.name}", bound, "keep")["keep"]
+                keep &= _rows_kept(bound, run(f"select/{i}/{bound.part.name}", bound, "keep"), keep)
             ctx = self._restrict(ctx, keep)
             for i, bound in enumerate(self.credit):
                 if not bound.late:
                     value = run(f"credit/{i}/{bound.part.name}", bound, "advantages")["advantages"]
                     ctx.put("advantages", _expect(bound, value, rollouts.mask))
-            ctx.put("weights", self._weights("weight", self.weight, ctx, run))
+            policy_weights = self._weights("weight", self.weight, ctx, run)
+            ctx.put("weights", policy_weights)
             if one_update:
                 updates = [keep.nonzero().reshape(-1)] if bool(keep.any()) else []
             else:
                 updates = run("updates", parts["updates"], "rows")["rows"]
             terms = [self._weights(f"terms/{i}/weight", t.weight, ctx, run) for i, t in enumerate(self.terms)]
+            ctx.put("weights", policy_weights)
             made = tuple(self._update(ctx, rows, terms) for rows in updates if len(rows))
             values = dict(ctx.values) | {"keep": keep, "scale": _scatter(made, rollouts.mask)}
             metrics["kept"] = float(keep.float().mean()) if len(rollouts) else 0.0
@@ -329,10 +361,22 @@ class Algorithm:
         """
         if not self.needs_refresh:
             return update
+        if not update.whole:
+            raise ValueError("refresh sees rows together: pass the whole update, and slice what it gives")
+        found: dict[str, Tensor] = {}
         with torch.no_grad():
             ctx = self._loss_context(update, signals.detach())
             ctx.put("generator", generator or _seeded(update.constants["step"], update.rows.device))
-            found = {f"late/{k}": ctx.call(b) for k, b in self._coupled_keys()}
+            for key, bound in self.bound_parts():
+                # In the order of the loss, so that what reads advantages sees them after the credit parts.
+                if not bound.late or bound.part.stage not in ("credit", "weight"):
+                    continue
+                if bound.coupled or bound.part.stage == "credit":
+                    value = _expect(bound, ctx.call(bound), ctx.mask)
+                    if bound.coupled:
+                        found[f"late/{key}"] = value
+                    if bound.part.stage == "credit":
+                        ctx.put("advantages", value)
         return replace(update, tensors=update.tensors | found)
 
     # -- the loss -----------------------------------------------------------------------------------
@@ -421,18 +465,18 @@ class Algorithm:
         names = ("tokens", "lengths", "group_ids", "truncated", "answers", "prompts", "sampler_logprobs",
                  "policy_version")  # fmt: skip
         values: dict[str, Any] = {n: getattr(rollouts, n) for n in names}
-        values |= {"outcomes": rollouts.rewards, "max_tokens": rollouts.sampling.max_tokens, "step": step}
+        outcomes = rollouts.rewards
+        if outcomes is not None and not outcomes.is_floating_point():
+            outcomes = outcomes.to(torch.float32 if signals.logprobs is None else signals.logprobs.dtype)
+        values |= {"outcomes": outcomes, "max_tokens": rollouts.sampling.max_tokens, "step": step}
         device = rollouts.mask.device
         values |= {"total_steps": total, "generator": generator or _seeded(step, device)}
         values |= signals.detach().named()
         if values.get("old_values") is not None:
             values["values"] = values["old_values"]
         ctx = Context(values, rollouts.mask)
-        if rollouts.rewards is not None:
-            dtype = signals.logprobs.dtype if signals.logprobs is not None else torch.float32
-            ctx.put_rewards(
-                rollouts.rewards.to(dtype) if not rollouts.rewards.is_floating_point() else rollouts.rewards
-            )
+        if outcomes is not None:
+            ctx.put_rewards(outcomes)
         return ctx
 
     def _restrict(self, ctx: Context, keep: Tensor) -> Context:
@@ -464,7 +508,8 @@ class Algorithm:
             live |= (tensors["scale"] * tensors["weights"]).ne(0).any(-1)
         for i, (term, weights) in enumerate(zip(self.terms, term_weights, strict=True)):
             local.put("weights", weights[rows])
-            scale = _expect(term.part, local.call(term.aggregate or self.aggregate), local.mask)
+            aggregate = term.aggregate or self.aggregate
+            scale = _expect(aggregate, local.call(aggregate), local.mask)
             tensors[f"scale/{i}"] = where_mask(scale * weights[rows], local.mask)
             live |= tensors[f"scale/{i}"].ne(0).any(-1)
         for bound in self._late_parts():
@@ -491,7 +536,10 @@ class Algorithm:
         if ctx.get("old_logprobs") is None:
             ctx.put("old_logprobs", ctx.get("logprobs").detach())
         ctx.put("log_ratio", ctx.call(self.log_ratio))
-        for name, value in zip(("lo", "hi", "cap"), ctx.call(self.bounds), strict=True):
+        limits = ctx.call(self.bounds)
+        if not isinstance(limits, tuple) or len(limits) != 3:
+            raise ValueError(f"part {self.bounds.part.name!r} must give (lo, hi, cap), got {limits!r}")
+        for name, value in zip(("lo", "hi", "cap"), limits, strict=True):
             ctx.put(name, value)
         return ctx
 
@@ -531,11 +579,6 @@ class Algorithm:
         own = [self.log_ratio, self.bounds, self.surrogate, *(t.part for t in self.terms)]
         return [*own, *self._late_weights()]
 
-    def _coupled_keys(self) -> Iterator[tuple[str, Bound]]:
-        for key, bound in self.bound_parts():
-            if bound.late and bound.coupled and bound.part.stage in ("credit", "weight"):
-                yield key, bound
-
     def _signals_of(self, bound: Bound) -> set[str]:
         return {n for n in bound.part.inputs if n in SIGNAL_NAMES or n in CHUNK_SIGNALS}
 
@@ -544,11 +587,29 @@ class Algorithm:
         yield from ((t.aggregate or self.aggregate, t.weight) for t in self.terms)
 
     def _one_update(self) -> bool:
-        return all(self.updates.params.get(k, 1) == 1 for k in ("epochs", "mini_batches"))
+        """Surely one optimizer step a batch; an updates part that does not say so may make several."""
+        known = {k: h.default for k, h in self.updates.part.hyperparameters.items()} | self.updates.params
+        return all(known.get(k) == 1 for k in ("epochs", "mini_batches"))
 
 
 def _coef(term: Term, update: Update) -> float:
     return float(resolve(term.coef, update.constants["step"], update.constants["total_steps"]))
+
+
+def _stage_of(key: str) -> str:
+    """The stage that a key of `bound_parts` stands for."""
+    head, _, rest = key.partition("/")
+    if head == "terms":
+        return "weight" if rest.split("/")[1] == "weight" else "term"
+    return head
+
+
+def _rows_kept(bound: Bound, named: Mapping[str, Any], like: Tensor) -> Tensor:
+    keep = named.get("keep")
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool or keep.shape != like.shape:
+        got = f"{tuple(keep.shape)} {keep.dtype}" if isinstance(keep, Tensor) else type(keep).__name__
+        raise ValueError(f"part {bound.part.name!r} must give bool [B] = {tuple(like.shape)}, got {got}")
+    return keep
 
 
 def _named(result: Any, gives: str) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from tokenloom.masked import valid_positions
+from tokenloom.masked import row_index, valid_positions
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +84,14 @@ class Rollouts:
             value = getattr(self, name)
             if value is not None and len(value) != b:
                 raise ValueError(f"{name} has {len(value)} entries for {b} rows")
-        if self.mask.dtype != torch.bool:
-            raise ValueError(f"mask must be bool, got {self.mask.dtype}; use mask.bool()")
+        for name in ("mask", "truncated"):
+            value = getattr(self, name)
+            if value is not None and value.dtype != torch.bool:
+                raise ValueError(f"{name} must be bool, got {value.dtype}; use {name}.bool()")
+        for name in ("tokens", "lengths", "group_ids"):
+            value = getattr(self, name)
+            if value.dtype == torch.bool or value.is_floating_point():
+                raise ValueError(f"{name} must be integers, got {value.dtype}; use {name}.long()")
         if bool((self.lengths > t).any()) or bool((self.lengths < 0).any()):
             raise ValueError(f"lengths must lie in [0, {t}], the padded width of tokens")
         if bool((self.mask & ~valid_positions(self.lengths, t)).any()):
@@ -106,8 +112,18 @@ class Rollouts:
         sampler_logprobs: Sequence[Sequence[float] | Tensor] | None = None,
         **rest: Any,
     ) -> Self:
-        """Pad ragged responses on the right into one batch. `pad_id` is cosmetic: nothing compares with it."""
+        """Pad ragged responses on the right into one batch. `pad_id` is cosmetic: nothing compares with it.
+
+        Raises:
+            ValueError: when masks or log-probs do not match the responses in length, and as the class does.
+        """
         rows = [torch.as_tensor(r, dtype=torch.int64).reshape(-1) for r in response_tokens]
+        for name, beside in (("response_masks", response_masks), ("sampler_logprobs", sampler_logprobs)):
+            if beside is not None and [len(x) for x in beside] != [len(r) for r in rows]:
+                raise ValueError(
+                    f"{name} must have one entry per response token: lengths {[len(x) for x in beside]} for "
+                    f"responses of {[len(r) for r in rows]}"
+                )
         lengths = torch.tensor([len(r) for r in rows], dtype=torch.int64)
         t = int(lengths.max()) if len(rows) else 0
         tokens = torch.full((len(rows), t), pad_id, dtype=torch.int64)
@@ -134,8 +150,12 @@ class Rollouts:
         return replace(self, **changes)
 
     def rows(self, index: Tensor | Sequence[int]) -> Self:
-        """The rows at `index` [n] (int64), in that order, with every field cut alike. T is kept."""
-        at = torch.as_tensor(index, dtype=torch.int64).reshape(-1)
+        """The rows at `index` [n] (int64), in that order, with every field cut alike. T is kept.
+
+        Raises:
+            ValueError: for a bool mask, which would read as rows 0 and 1.
+        """
+        at = row_index(index)
         chosen = at.tolist()
         changes: dict[str, Any] = {"reward_components": {k: v[at] for k, v in self.reward_components.items()}}
         for name in _TENSORS:
@@ -151,10 +171,14 @@ class Rollouts:
         """Stack batches row-wise, padding T to the widest. `group_ids` are kept: equal ids are one group.
 
         Raises:
-            ValueError: on an empty list, or when a field is present in some batches only.
+            ValueError: on an empty list, when a field is present in some batches only, or when the batches
+                were sampled differently (their seeds may differ; the first one's is kept).
         """
         if not parts:
             raise ValueError("concat needs at least one batch")
+        laws = {replace(p.sampling, seed=None) for p in parts}
+        if len(laws) > 1:
+            raise ValueError(f"the batches were sampled differently: {sorted(map(str, laws))}")
         t = max(int(p.tokens.shape[1]) for p in parts)
         changes: dict[str, Any] = {}
         for name in (*_TENSORS, *_LISTS):
@@ -185,8 +209,9 @@ class Rollouts:
 
         target = Path(folder)
         target.mkdir(parents=True, exist_ok=True)
-        tensors = {n: getattr(self, n).contiguous() for n in _TENSORS if getattr(self, n) is not None}
-        tensors |= {f"reward_components.{k}": v.contiguous() for k, v in self.reward_components.items()}
+        # Cloned, because safetensors refuses tensors that share memory, as rewards and a component often do.
+        tensors = {n: _owned(getattr(self, n)) for n in _TENSORS if getattr(self, n) is not None}
+        tensors |= {f"reward_components.{k}": _owned(v) for k, v in self.reward_components.items()}
         tensors["prompt_tokens"] = (
             torch.cat(self.prompt_tokens) if self.prompt_tokens else torch.zeros(0, dtype=torch.int64)
         )
@@ -204,7 +229,8 @@ class Rollouts:
         tensors = load_file(source / "rollouts.safetensors")
         meta = json.loads((source / "rollouts.json").read_text(encoding="utf-8"))
         prompt_lengths = tensors.pop("prompt_lengths").tolist()
-        prompt_tokens = tuple(torch.split(tensors.pop("prompt_tokens"), prompt_lengths)) if prompt_lengths else ()
+        joined = tensors.pop("prompt_tokens")
+        prompt_tokens = tuple(torch.split(joined, prompt_lengths)) if prompt_lengths else ()
         head = "reward_components."
         components = {k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)}
         sampling = meta["sampling"] | {"stop": tuple(meta["sampling"]["stop"])}
@@ -220,6 +246,10 @@ class Rollouts:
 
 _LISTS = ("prompt_tokens", "answers", "prompts")
 _TENSORS = tuple(f.name for f in fields(Rollouts) if f.name not in (*_LISTS, "reward_components", "sampling"))
+
+
+def _owned(x: Tensor) -> Tensor:
+    return x.detach().clone(memory_format=torch.contiguous_format)
 
 
 def _widen(x: Tensor, width: int) -> Tensor:

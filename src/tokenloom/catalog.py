@@ -8,7 +8,9 @@ annotations and defaults are the recipe's schema.
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import inspect
@@ -16,12 +18,14 @@ import pkgutil
 import sys
 import types
 import typing
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from tokenloom.schedule import Schedule
+from tokenloom.signals import same_definition
 from tokenloom.vocabulary import known_names
 
 Stage = Literal[
@@ -149,6 +153,11 @@ def part(
 
     def register(function: F) -> F:
         inputs, hyperparameters = signature_inputs(name, function)
+        if multiplier is not None:
+            signature_inputs(f"{name} (multiplier)", multiplier)
+        reserved = {"part"} | ({"coef", "aggregate", "weight"} if stage == "term" else set())
+        if taken := reserved & set(hyperparameters):
+            raise ValueError(f"part {name!r}: recipes use {sorted(taken)} themselves; rename the hyperparameter")
         made = Part(
             name=name,
             stage=stage,
@@ -190,10 +199,13 @@ def get_part(name: str, stage: Stage | None = None) -> Part:
     Raises:
         ValueError: when it is unknown or belongs to another stage than `stage`.
     """
+    if not isinstance(name, str):
+        raise ValueError(f"{stage or 'part'}: a part is named by text, got {name!r}")
     found = _imported(name) if ":" in name else parts().get(name)
     if found is None:
         same_stage = [p.name for p in parts().values() if stage in (None, p.stage)]
-        raise ValueError(f"unknown {stage or 'part'} part {name!r}{suggest(name, same_stage)}")
+        hint = f"; a file's part is named {name + ':function'!r}" if name.endswith(".py") else suggest(name, same_stage)
+        raise ValueError(f"unknown {stage + ' ' if stage else ''}part {name!r}{hint}")
     if stage is not None and found.stage != stage:
         choices = sorted(p.name for p in parts().values() if p.stage == stage)
         raise ValueError(
@@ -209,8 +221,10 @@ def get_preset(slug: str) -> Preset:
     Raises:
         ValueError: when it is unknown.
     """
+    if not isinstance(slug, str):
+        raise ValueError(f"an algorithm's preset is named by text, got {slug!r}")
     if ":" in slug:
-        found = _resolve_import(slug).__dict__.get("__preset__")
+        found = getattr(_resolve_import(slug), "__preset__", None)
         if not isinstance(found, Preset):
             raise ValueError(f"{slug!r} is not a preset: decorate it with @preset(...)")
         return found
@@ -267,7 +281,10 @@ def check_parameters(owner: str, given: Mapping[str, Any], known: Mapping[str, H
             raise ValueError(f"{owner}: unknown parameter {key!r}{suggest(key, known)}")
         annotation = known[key].annotation
         if isinstance(value, Mapping) and "schedule" in value:
-            value = Schedule.parse(value)
+            try:
+                value = Schedule.parse(value)
+            except ValueError as error:
+                raise ValueError(f"{owner}: {key}: {error}") from None
         if not (_accepts(annotation, value) or (isinstance(value, Schedule) and _accepts(annotation, 0.5))):
             raise ValueError(f"{owner}: {key} = {value!r} is not allowed; it takes {describe_type(annotation)}")
         checked[key] = value
@@ -293,7 +310,12 @@ def signature_inputs(name: str, function: Callable[..., Any]) -> tuple[dict[str,
     Raises:
         ValueError: for a name outside the vocabulary or a hyperparameter without a default.
     """
-    hints = typing.get_type_hints(function)
+    try:
+        hints = typing.get_type_hints(function)
+    except NameError as error:
+        raise ValueError(
+            f"{name!r}: an annotation cannot be read ({error}); import it at run time, not under TYPE_CHECKING"
+        ) from error
     inputs: dict[str, bool] = {}
     hyperparameters: dict[str, Hyperparameter] = {}
     vocabulary = known_names()
@@ -302,19 +324,21 @@ def signature_inputs(name: str, function: Callable[..., Any]) -> tuple[dict[str,
             if p.default is p.empty:
                 raise ValueError(f"{name!r}: hyperparameter {p.name!r} needs a default (the paper's)")
             hyperparameters[p.name] = Hyperparameter(hints.get(p.name, Any), p.default)
+        elif p.kind is not p.POSITIONAL_OR_KEYWORD:
+            raise ValueError(f"{name!r}: parameter {p.name!r} must be an ordinary one or keyword-only")
         elif p.name in vocabulary:
             inputs[p.name] = p.default is p.empty
         else:
             raise ValueError(
-                f"{name!r}: positional parameter {p.name!r} is not in the vocabulary{suggest(p.name, vocabulary)} "
-                "Hyperparameters go behind a bare *."
+                f"{name!r}: positional parameter {p.name!r} is not in the vocabulary (hyperparameters go behind a "
+                f"bare *){suggest(p.name, vocabulary)}"
             )
     return inputs, hyperparameters
 
 
 def _claim(table: dict[str, Any], name: str, made: Any) -> None:
     held = table.get(name)
-    if held is not None and held.function.__qualname__ != made.function.__qualname__:
+    if held is not None and not same_definition(held.function, made.function):
         where = f"{held.function.__module__}.{held.function.__qualname__}"
         raise ValueError(f"the name {name!r} is held by {where}; choose another")
     table[name] = made
@@ -345,41 +369,67 @@ def _load() -> None:
     global _loaded
     if _loaded:
         return
-    _loaded = True
-    root = importlib.import_module("tokenloom.methods")
-    for module in pkgutil.walk_packages(root.__path__, "tokenloom.methods."):
-        importlib.import_module(module.name)
+    _loaded = True  # set first: an entry point may ask for the catalog while it is imported
+    try:
+        root = importlib.import_module("tokenloom.methods")
+        for module in pkgutil.walk_packages(root.__path__, "tokenloom.methods."):
+            importlib.import_module(module.name)
+    except BaseException:
+        _loaded = False
+        raise
     for entry in importlib.metadata.entry_points(group="tokenloom.parts"):
-        entry.load()
+        try:
+            entry.load()
+        except Exception as error:
+            warnings.warn(f"entry point {entry.name} = {entry.value!r}: {error}; its parts are missing", stacklevel=3)
 
 
 def _imported(path: str) -> Part:
-    found = _resolve_import(path).__dict__.get("__part__")
+    found = getattr(_resolve_import(path), "__part__", None)
     if not isinstance(found, Part):
         raise ValueError(f"{path!r} is not a part: decorate the function with @part(...)")
     return found
 
 
-def _resolve_import(path: str) -> Callable[..., Any]:
-    """`file.py:name` or `package.module:name`, imported; a file is imported once, under a name of its own."""
+class _SourceLoader(importlib.machinery.SourceFileLoader):
+    """Compiles the file as it is now: bytecode caches go by whole seconds and would miss a quick edit."""
+
+    def get_code(self, fullname: str) -> types.CodeType:
+        return self.source_to_code(self.get_data(self.path), self.path)
+
+
+def _import_file(file: Path) -> types.ModuleType:
+    """The module of a file under a name of its own, the same in every process; imported again after an edit."""
+    module_name = f"tokenloom_user_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    content = hashlib.sha256(file.read_bytes()).hexdigest()
+    known = sys.modules.get(module_name)
+    if known is not None and known.__dict__["__content__"] == content:
+        return known
+    loader = _SourceLoader(module_name, str(file))
+    spec = importlib.util.spec_from_file_location(module_name, file, loader=loader)
+    if spec is None:
+        raise ValueError(f"{str(file)!r} cannot be loaded as Python")
+    module = importlib.util.module_from_spec(spec)
+    module.__dict__["__content__"] = content
+    sys.modules[module_name] = module
+    try:
+        loader.exec_module(module)
+    except BaseException:
+        del sys.modules[module_name]
+        raise
+    return module
+
+
+def _resolve_import(path: str) -> Any:
+    """`file.py:name` or `package.module:name`, imported."""
     source, _, attribute = path.rpartition(":")
     if source.endswith(".py"):
         file = Path(source).expanduser().resolve()
         if not file.is_file():
             raise ValueError(f"{path!r}: there is no file {source!r} (looked in {Path.cwd()})")
-        module_name = f"tokenloom_user_{file.stem}_{abs(hash(str(file))):x}"
-        module = sys.modules.get(module_name)
-        if module is None:
-            spec = importlib.util.spec_from_file_location(module_name, file)
-            if spec is None or spec.loader is None:
-                raise ValueError(f"{path!r}: {source!r} cannot be loaded as Python")
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[module_name] = module
-            try:
-                spec.loader.exec_module(module)
-            except BaseException:
-                del sys.modules[module_name]
-                raise
+        module = _import_file(file)
+    elif not source:
+        raise ValueError(f"{path!r} names no module; write 'file.py:function' or 'package.module:function'")
     else:
         try:
             module = importlib.import_module(source)
@@ -388,5 +438,4 @@ def _resolve_import(path: str) -> Callable[..., Any]:
     if not hasattr(module, attribute):
         names = [n for n in vars(module) if not n.startswith("_")]
         raise ValueError(f"{source!r} has no {attribute!r}{suggest(attribute, names)}")
-    found: Callable[..., Any] = getattr(module, attribute)
-    return found
+    return getattr(module, attribute)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from tokenloom.catalog import Part, Stage, check_parameters, get_part, suggest
 from tokenloom.schedule import Schedule, resolve
@@ -104,12 +104,10 @@ def parse_many(stage: Stage, spec: Any, current: Sequence[Bound]) -> tuple[Bound
     """Read a list stage: a list replaces, {name: parameters or null} changes, adds or removes, null empties."""
     if spec is None:
         return ()
-    if isinstance(spec, str):
-        spec = [spec]
-    if isinstance(spec, Mapping) and "part" in spec:
+    if isinstance(spec, str | Bound) or (isinstance(spec, Mapping) and "part" in spec):
         spec = [spec]
     if isinstance(spec, Mapping):
-        table = {b.source or b.part.name: b for b in current}
+        table = _by_name(stage, [(b.source or b.part.name, b) for b in current])
         for name, params in spec.items():
             if params is None:
                 if table.pop(name, None) is None:
@@ -119,6 +117,8 @@ def parse_many(stage: Stage, spec: Any, current: Sequence[Bound]) -> tuple[Bound
             else:
                 table[name] = parse(stage, params if name in table else {"part": name, **params}, table.get(name))
         return tuple(table.values())
+    if not isinstance(spec, list | tuple):
+        raise ValueError(f"{stage}: expected a list, a mapping or null, got {spec!r}")
     return tuple(parse(stage, s) for s in spec)
 
 
@@ -134,12 +134,16 @@ def parse_term(spec: str | Mapping[str, Any] | Term, current: Term | None = None
     part = parse("term", own, current.part if current else None)
     coef = spec.get("coef", current.coef if current else 1.0)
     if isinstance(coef, Mapping):
-        coef = Schedule.parse(coef)
+        try:
+            coef = Schedule.parse(coef)
+        except ValueError as error:
+            raise ValueError(f"terms: {part.part.name}: coef: {error}") from None
     if isinstance(coef, bool) or not isinstance(coef, int | float | Schedule):
         raise ValueError(f"terms: {part.part.name}: coef = {coef!r} is not allowed; it takes a number or a schedule")
     aggregate = current.aggregate if current else None
-    if spec.get("aggregate") is not None:
-        aggregate = parse("aggregate", spec["aggregate"], aggregate)
+    if "aggregate" in spec:
+        given = spec["aggregate"]
+        aggregate = None if given is None else parse("aggregate", given, aggregate)
     weight = current.weight if current else ()
     if "weight" in spec:
         weight = parse_many("weight", spec["weight"], weight)
@@ -150,10 +154,10 @@ def parse_terms(spec: Any, current: Sequence[Term]) -> tuple[Term, ...]:
     """Read the terms: a list replaces, {name: parameters or null} changes, adds or removes, null empties."""
     if spec is None:
         return ()
-    if isinstance(spec, str):
+    if isinstance(spec, str | Term) or (isinstance(spec, Mapping) and "part" in spec):
         spec = [spec]
     if isinstance(spec, Mapping):
-        table = {t.part.source or t.part.part.name: t for t in current}
+        table = _by_name("terms", [(t.part.source or t.part.part.name, t) for t in current])
         for name, params in spec.items():
             if params is None:
                 if table.pop(name, None) is None:
@@ -163,7 +167,21 @@ def parse_terms(spec: Any, current: Sequence[Term]) -> tuple[Term, ...]:
             else:
                 table[name] = parse_term(params if name in table else {"part": name, **params}, table.get(name))
         return tuple(table.values())
+    if not isinstance(spec, list | tuple):
+        raise ValueError(f"terms: expected a list, a mapping or null, got {spec!r}")
     return tuple(parse_term(s) for s in spec)
+
+
+T = TypeVar("T")
+
+
+def _by_name(stage: str, entries: list[tuple[str, T]]) -> dict[str, T]:
+    table = dict(entries)
+    if len(table) < len(entries):
+        names = [n for n, _ in entries]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        raise ValueError(f"{stage}: {twice} stand there more than once, so a name is ambiguous; give the whole list")
+    return table
 
 
 def _plain(value: Any) -> Any:

@@ -40,15 +40,27 @@ class Context:
         self.values[name] = value
 
     def put_rewards(self, value: Tensor) -> None:
-        """Set `rewards` and `token_rewards` from either [B] or [B, T], keeping the two consistent."""
+        """Set `rewards` and `token_rewards` from either [B] or [B, T], keeping the two consistent.
+
+        Raises:
+            ValueError: for any other shape.
+        """
+        if not isinstance(value, Tensor) or value.shape not in (self.mask.shape, self.mask.shape[:1]):
+            shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+            raise ValueError(f"rewards must be [B] or [B, T] = {tuple(self.mask.shape)}, got {shape}")
         if value.ndim == 2:
             self.put("token_rewards", value)
             total = masked_sum(self.values["token_rewards"], self.mask, -1)
             # A row without sampled tokens has nowhere to hold its reward; its outcome stays known.
             self.values["rewards"] = torch.where(self.mask.any(-1), total, self.values.get("rewards", total))
         else:
-            shift = value - self.values["rewards"] if "token_rewards" in self.values else value
+            shift = value
             held = self.values.get("token_rewards", torch.zeros((), dtype=value.dtype, device=value.device))
+            if "token_rewards" in self.values:
+                # NaN minus NaN is NaN: where a part scored an unscorable row, its NaN tokens start from 0.
+                rescued = self.values["rewards"].isnan() & ~value.isnan()
+                held = torch.where(rescued[:, None] & held.isnan(), torch.zeros_like(held), held)
+                shift = value - torch.where(rescued, held.sum(-1), self.values["rewards"])
             self.put("token_rewards", held + at_last_position(shift, self.mask))
             self.values["rewards"] = value
 
@@ -84,6 +96,7 @@ class Context:
         inputs, hyper = signature_inputs(bound.part.name, bound.part.multiplier)
         step, total = self.values.get("step", 0), self.values.get("total_steps")
         arguments = {n: self.get(n) for n in inputs if self.get(n) is not None}
-        params = {k: v for k, v in bound.at(step, total).items() if k in hyper}
+        defaults = {k: h.default for k, h in bound.part.hyperparameters.items()}
+        params = {k: v for k, v in (defaults | bound.at(step, total)).items() if k in hyper}
         value: Tensor = bound.part.multiplier(**arguments, **params)
         return value

@@ -8,6 +8,8 @@ gradients see them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -18,6 +20,18 @@ LOG_RATIO_LIMIT = 20.0
 def valid_positions(lengths: Tensor, width: int) -> Tensor:
     """bool [B, width], True at the first `lengths[i]` positions of row i."""
     return torch.arange(width, device=lengths.device)[None, :] < lengths[:, None]
+
+
+def row_index(index: Tensor | Sequence[int], device: torch.device | None = None) -> Tensor:
+    """`index` as int64 [n].
+
+    Raises:
+        ValueError: for bools, which would silently read as rows 0 and 1.
+    """
+    at = torch.as_tensor(index, device=device).reshape(-1)
+    if at.dtype == torch.bool:
+        raise ValueError("rows are picked by index, not by a bool mask; use mask.nonzero().reshape(-1)")
+    return at.to(torch.int64)
 
 
 def where_mask(x: Tensor, mask: Tensor, fill: float = 0.0) -> Tensor:
@@ -45,18 +59,26 @@ def masked_var(x: Tensor, mask: Tensor, *, correction: int = 1) -> Tensor:
 
 
 def whiten(x: Tensor, mask: Tensor, *, eps: float = 1e-8, correction: int = 1) -> Tensor:
-    """(x - mean) / sqrt(var + eps) over the mask, zero elsewhere; all zero with fewer than two values."""
-    if int(mask.sum()) < 2:
+    """(x - mean) / sqrt(var + eps) over the mask, zero elsewhere; all zero when fewer than two values differ."""
+    values = x[mask]
+    if values.numel() < 2 or bool((values == values[0]).all()):
+        # Equal values have no spread; their mean's rounding error over sqrt(eps) would look like one.
         return torch.zeros_like(x)
-    mean, var = masked_mean(x, mask), masked_var(x, mask, correction=correction)
-    return where_mask((x - mean) * torch.rsqrt(var + eps), mask)
+    kept = where_mask(x, mask)
+    mean, var = masked_mean(kept, mask), masked_var(kept, mask, correction=correction)
+    return where_mask((kept - mean) * torch.rsqrt(var + eps), mask)
 
 
 def masked_quantile(x: Tensor, mask: Tensor, q: float) -> Tensor:
     """Linearly interpolated `q`-quantile (scalar) over the mask; NaN when nothing is selected.
 
     Sorting instead of `torch.quantile`, which refuses more than 2**24 values.
+
+    Raises:
+        ValueError: for `q` outside [0, 1].
     """
+    if not 0 <= q <= 1:
+        raise ValueError(f"a quantile lies in [0, 1], got {q}")
     values = x[mask].sort().values
     if values.numel() == 0:
         return torch.full((), float("nan"), dtype=x.dtype, device=x.device)
@@ -121,9 +143,12 @@ def group_std(x: Tensor, group_ids: Tensor, where: Tensor | None = None, *, corr
     otherwise leave a std near 1e-8, and dividing by it would turn noise into advantages of 1.
     """
     count = group_size(group_ids, where)
-    deviation = x - group_mean(x, group_ids, where)
+    kept = x if where is None else where_mask(x, where)
+    deviation = kept - group_mean(kept, group_ids, where)
     var = group_sum(deviation**2, group_ids, where) / (count - correction).clamp(min=1).to(x.dtype)
-    return torch.where(group_constant(x, group_ids, where), torch.zeros_like(var), var.sqrt())
+    constant = group_constant(kept, group_ids, where)
+    # sqrt has an infinite slope at 0, which would make the gradient of a constant group NaN.
+    return torch.where(constant, torch.zeros_like(var), torch.where(constant, torch.ones_like(var), var).sqrt())
 
 
 def group_extreme(x: Tensor, group_ids: Tensor, where: Tensor | None = None, *, largest: bool = True) -> Tensor:

@@ -9,6 +9,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from tokenloom.masked import row_index
+
 
 @dataclass(frozen=True, eq=False)
 class Update:
@@ -29,7 +31,7 @@ class Update:
         return int(self.rows.numel())
 
     def __getitem__(self, index: Tensor | Sequence[int]) -> Self:
-        at = torch.as_tensor(index, dtype=torch.int64, device=self.rows.device).reshape(-1)
+        at = row_index(index, self.rows.device)
         return replace(
             self,
             rows=self.rows[at],

@@ -14,7 +14,8 @@ Shape = Literal["constant", "linear", "cosine", "exponential"]
 class Schedule:
     """A float that moves from `start` to `end` over `steps` steps after `delay` steps, then stays.
 
-    `steps=None` means the whole run. In a recipe: `{schedule: linear, start: 1.0, end: 0.0, steps: 100}`.
+    `steps=None` means the rest of the run after the delay. In a recipe:
+    `{schedule: linear, start: 1.0, end: 0.0, steps: 100}`.
 
     >>> Schedule("linear", 1.0, 0.0, steps=4).at(1, 100)
     0.75
@@ -29,17 +30,31 @@ class Schedule:
     def __post_init__(self) -> None:
         if self.shape not in get_args(Shape):
             raise ValueError(f"unknown schedule {self.shape!r}; known: {', '.join(get_args(Shape))}")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"a schedule needs steps >= 1, got {self.steps}")
+        for name in ("start", "end"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+                raise ValueError(f"a schedule's {name} must be a finite number, got {value!r}")
+        for name, least in (("steps", 1), ("delay", 0)):
+            value = getattr(self, name)
+            if name == "steps" and value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ValueError(f"a schedule needs {name} >= {least}, an integer, got {value!r}")
         if self.shape == "exponential" and not (self.start > 0 and self.end > 0):
             raise ValueError("an exponential schedule needs start and end above zero")
 
     def at(self, step: int, total_steps: int | None = None) -> float:
-        """The value at `step` (0-based) of a run of `total_steps`."""
-        steps = self.steps or total_steps or 1
-        x = min(max(step - self.delay, 0) / steps, 1.0)
+        """The value at `step` (0-based) of a run of `total_steps`.
+
+        Raises:
+            ValueError: when neither the schedule nor the run has a length.
+        """
         if self.shape == "constant":
             return self.start
+        if self.steps is None and total_steps is None:
+            raise ValueError(f"the schedule '{self}' spans the whole run, whose length is unknown; give it steps")
+        steps = self.steps or max((total_steps or 1) - self.delay, 1)
+        x = min(max(step - self.delay, 0) / steps, 1.0)
         if self.shape == "exponential":
             return float(self.start * (self.end / self.start) ** x)
         if self.shape == "cosine":
@@ -56,13 +71,15 @@ class Schedule:
         known = {"schedule", "start", "end", "steps", "delay"}
         if unknown := set(value) - known:
             raise ValueError(f"unknown keys in a schedule: {sorted(unknown)}; known: {sorted(known)}")
-        if missing := {"schedule", "start"} - set(value):
+        needed = {"schedule", "start"} | (set() if value.get("schedule") == "constant" else {"end"})
+        if missing := needed - set(value):
             raise ValueError(f"a schedule needs the keys {sorted(missing)}")
         rest = {k: v for k, v in value.items() if k != "schedule"}
         return cls(shape=value["schedule"], **({"end": value["start"]} | rest))
 
     def __str__(self) -> str:
         span = f" over {self.steps} steps" if self.steps else ""
+        span += f" after {self.delay}" if self.delay else ""
         return f"{self.shape} {self.start:g} -> {self.end:g}{span}"
 
 

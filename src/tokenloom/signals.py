@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Literal, Self
 
-import torch
 from torch import Tensor
+
+from tokenloom.masked import row_index
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +38,8 @@ class Signals:
         return present | self.extras
 
     def rows(self, index: Tensor | Sequence[int]) -> Self:
-        """The rows at `index` [n], in that order."""
-        at = torch.as_tensor(index, dtype=torch.int64).reshape(-1)
+        """The rows at `index` [n] int64, in that order."""
+        at = row_index(index)
         cut = {n: v[at] for n, v in self.named().items()}
         return replace(self, **{n: cut.pop(n, None) for n in SIGNAL_NAMES}, extras=cut)
 
@@ -76,16 +77,28 @@ class ChunkSignal:
 CHUNK_SIGNALS: dict[str, ChunkSignal] = {}
 
 
+def same_definition(a: Callable[..., object], b: Callable[..., object]) -> bool:
+    """Whether two functions are one definition, executed again by a reload, an edit or a notebook cell."""
+
+    def places(f: Callable[..., object]) -> set[tuple[str, str]]:
+        code = getattr(f, "__code__", None)
+        return {("module", f.__module__), ("file", code.co_filename if code else f.__module__)}
+
+    return a.__qualname__ == b.__qualname__ and bool(places(a) & places(b))
+
+
 def chunk_signal(name: str, *inputs: ChunkInput) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a chunk function under a vocabulary name; parts then take `name` as a positional parameter.
 
     Raises:
-        ValueError: when the name is taken by another function.
+        ValueError: when the name is in the vocabulary or taken by another function.
     """
+
+    from tokenloom.vocabulary import VOCABULARY  # it lists the registered signals, so it imports this module
 
     def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         known = CHUNK_SIGNALS.get(name)
-        if name in SIGNAL_NAMES or (known is not None and known.function.__qualname__ != function.__qualname__):
+        if name in VOCABULARY or (known is not None and not same_definition(known.function, function)):
             raise ValueError(f"the signal name {name!r} is taken; choose another")
         CHUNK_SIGNALS[name] = ChunkSignal(name, inputs, function)
         return function

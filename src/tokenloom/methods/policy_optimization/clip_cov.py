@@ -2,7 +2,7 @@
 
 cov_t = (A_t - mean A) (logprob_t - mean logprob), means over the sampled tokens of the update
 Candidates: sampled, not already clipped by PPO, lb < cov < ub. n = max(int(k N), 1) of them, drawn uniformly,
-lose their gradient; N counts the sampled tokens. weights = 0 on the drawn ones, else 1     [B, T]
+lose their gradient (none for k = 0); N counts the sampled tokens. weights = 0 on the drawn ones, else 1     [B, T]
 Means run over the whole update, so the part sees the policy once per update (`refresh`) and any micro-batch
 split gives the same gradient; verl takes them per micro-batch. Candidates are listed row by row and the first
 n of one permutation are taken, as in verl. Fidelity: code.
@@ -41,11 +41,11 @@ def clip_cov(
     if not (lb < ub and 0 <= k <= 1):
         raise ValueError(f"clip-cov needs lb < ub and 0 <= k <= 1, got lb={lb}, ub={ub}, k={k}")
     weights = mask.to(logprobs.dtype)
-    # Strict by the clipped value, not by the sign of A: verl calls a token clipped when the clip changes its loss.
+    # Strict, and not at A = 0: a token counts as clipped when the clip changes its loss.
     clipped = ((advantages > 0) & (ratio > hi)) | ((advantages < 0) & (ratio < lo))
     cov = covariance(advantages, logprobs, mask)
     candidates = (mask & ~clipped & (cov > lb) & (cov < ub)).nonzero()
-    if len(candidates) == 0:
+    if len(candidates) == 0 or k == 0:
         return weights
     n = max(int(k * int(mask.sum())), 1)
     order = torch.randperm(len(candidates), generator=generator, device=generator.device).to(mask.device)

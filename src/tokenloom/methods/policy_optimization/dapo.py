@@ -65,9 +65,11 @@ def dapo_preset(
     overlong: Literal["penalty", "filter", "none"] = "penalty",
     low: float = 0.2,
     high: float = 0.28,
-    dialect: Literal["paper", "trl"] = "paper",
+    dialect: Literal["paper", "verl", "trl"] = "paper",
 ) -> Algorithm:
-    """DAPO; each of its four parts can be switched. Dialect "trl": std eps 1e-4, no dynamic sampling, no penalty."""
+    """DAPO; each of its four parts can be switched. Dialect "trl": std eps 1e-4, no dynamic sampling, no penalty;
+    "verl": the dual clip of its recipe's scripts, cap 10.
+    """
     if dialect == "trl":
         dynamic_sampling, overlong = False, "none" if overlong == "penalty" else overlong
     select: list[Any] = ["dapo/dynamic-sampling"] if dynamic_sampling else []
@@ -75,6 +77,7 @@ def dapo_preset(
         reward=["dapo/overlong-penalty"] if overlong == "penalty" else [],
         advantage={"part": "grpo", "eps": 1e-4 if dialect == "trl" else 1e-6},
         select=select + (["dapo/overlong-filter"] if overlong == "filter" else []),
-        bounds={"part": "clip", "low": low, "high": high},
+        surrogate="dual-clip" if dialect == "verl" else "ppo-clip",
+        bounds={"part": "clip", "low": low, "high": high, "cap": 10.0 if dialect == "verl" else None},
         aggregate="token-mean",
     )

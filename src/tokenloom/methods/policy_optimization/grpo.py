@@ -2,7 +2,8 @@
 
 A_i = (R_i - mean_g R) / (std_g R + eps), broadcast over sampled tokens                 [B, T]
 PPO clip, mean over tokens then rows, beta * k3 to the reference in the loss.
-Frameworks disagree on everything but the numerator; see `dialect`. A constant group gives exactly 0;
+Frameworks disagree on everything but the numerator; see `dialect` (OpenRLHF's other estimator,
+`reinforce_baseline`, is `reinforce-pp` with baseline and dialect "openrlhf"). A constant group gives exactly 0;
 unscorable rows (NaN) are left out of the statistics and get 0; a single row gives 0 (verl: R / (1 + eps)).
 `leave-one-out` is NeMo-RL's default: mean and std of the *other* rows, divided only where that std > 0.
 
@@ -46,9 +47,9 @@ def grpo(
         divisor = group_std(rewards, over, scored, correction=correction) + eps
     advantages = centered / divisor
     if single == "reward":
-        # verl takes mean 0 and std 1 for a group of one.
+        # verl takes mean 0 and, when it divides at all, std 1 for a group of one.
         alone = group_size(group_ids, scored) == 1
-        advantages = torch.where(alone, rewards / (1 + eps), advantages)
+        advantages = torch.where(alone, rewards / (1 if std == "none" else 1 + eps), advantages)
     return to_tokens(torch.where(scored, advantages, torch.zeros_like(advantages)), mask)
 
 
@@ -92,9 +93,9 @@ _DIALECTS: dict[str, dict[str, Any]] = {
         "surrogate": "dual-clip",
         "bounds": {"cap": 3.0},
         "advantage": {"single": "reward"},
-        "clamp": 10.0,
+        "term": {"value_limit": 10.0},
     },
-    "trl": {"aggregate": "token-mean", "advantage": {"eps": 1e-4}},
+    "trl": {"aggregate": "token-mean", "advantage": {"eps": 1e-4}, "term": {"times_ratio": True}},
     "openrlhf": {"aggregate": "token-mean", "advantage": {"eps": 1e-9}},
     "nemo-rl": {"aggregate": "token-mean", "advantage": "grpo/leave-one-out"},
     "prime-rl": {"aggregate": "token-mean", "advantage": {"std": "none"}},
@@ -110,8 +111,8 @@ def grpo_preset(
     """GRPO as the paper or a framework runs it. `kl_coef=None` takes the dialect's (0.04 in the paper, else 0)."""
     said = _DIALECTS[dialect]
     algorithm = Algorithm.compose(advantage="grpo", surrogate="ppo-clip", bounds="clip", aggregate="sequence-mean")
-    algorithm = algorithm.override(**{k: v for k, v in said.items() if k not in ("kl", "clamp")})
+    algorithm = algorithm.override(**{k: v for k, v in said.items() if k not in ("kl", "term")})
     beta = said.get("kl", 0.0) if kl_coef is None else kl_coef
     if not beta:
         return algorithm
-    return algorithm.with_term("kl", coef=beta, estimator="k3", value_limit=said.get("clamp"))
+    return algorithm.with_term("kl", coef=beta, estimator="k3", **said.get("term", {}))

@@ -3,7 +3,8 @@
 log s_i = sum_t (logprobs - old_logprobs) / len_i, the same for every token of row i    [B, T]
 Every token's gradient flows through every entry, so that clipping drops or keeps whole responses.
 normalize=False gives the plain sequence ratio (the product of token ratios), as TRL's RLOO uses.
-limit clamps the log-ratio from above (verl: 10). Limit: one sampled token is GRPO's ratio. Fidelity: code.
+limit clamps the log-ratio from above (verl: 10; TRL does not, its dialects take the library's guard of 20).
+Limit: one sampled token is GRPO's ratio. Fidelity: code.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from tokenloom.algorithm import Algorithm
 from tokenloom.catalog import part, preset
-from tokenloom.masked import where_mask
+from tokenloom.masked import LOG_RATIO_LIMIT, where_mask
 from tokenloom.methods.policy_optimization.token_ratio import token_ratio
 
 
@@ -47,7 +48,7 @@ def gspo_preset(*, dialect: Literal["paper", "trl"] = "paper", low: float = 3e-4
     """GSPO: sequence ratio, tight clip 3e-4 / 4e-4, mean over rows, no KL. Dialect "trl": std eps 1e-4."""
     return Algorithm.compose(
         advantage={"part": "grpo", "eps": 1e-4 if dialect == "trl" else 1e-6},
-        log_ratio="gspo",
+        log_ratio={"part": "gspo", "limit": LOG_RATIO_LIMIT} if dialect == "trl" else "gspo",
         bounds={"part": "clip", "low": low, "high": high},
         aggregate={"part": "sequence-mean", "rows": "all" if dialect == "trl" else "live"},
     )

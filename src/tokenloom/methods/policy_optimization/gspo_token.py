@@ -18,9 +18,10 @@ from tokenloom.methods.policy_optimization.gspo import sequence_log_ratio
 @part("gspo-token", stage="log_ratio", scope="row", paper="arXiv:2507.18071")
 def gspo_token(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, *, limit: float = 10.0) -> Tensor:
     """Log-ratio [B, T]: the row's value, d/d logprobs = 1 for the own token, zero off the mask."""
-    value = sequence_log_ratio(logprobs.detach(), old_logprobs, mask, limit=limit)
+    value = sequence_log_ratio(logprobs.detach(), old_logprobs, mask, limit=float("inf"))
     own = where_mask(logprobs, mask)
-    return where_mask(value.expand(mask.shape), mask) + own - own.detach()
+    # The difference is exactly 0 only when taken first; (value + own) - own would lose digits next to a tight clip.
+    return where_mask((value + (own - own.detach())).clamp(max=limit), mask)
 
 
 @preset("gspo-token", paper="arXiv:2507.18071")

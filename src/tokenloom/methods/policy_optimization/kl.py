@@ -6,18 +6,20 @@ k2 = x^2 / 2   biased, its gradient is that of the reverse KL on policy
 k3 = e^x - x - 1   unbiased, never negative; its gradient is the forward KL's on policy
 k3+ = the value of k3 with the gradient of k2
 value_limit clamps the estimate from both sides with zero gradient outside (verl: 10). exponent_limit clamps x
-in the exponent (numerical guard, +-20). times_ratio multiplies the estimate by the gradient-carrying ratio
-(TRL's `use_bias_correction_kl`). `kl/full` sums pi log(pi / ref) over the vocabulary inside a chunk. Fidelity: code.
+from above before k3 (numerical guard, 20), so that the gradient is zero there and neither explodes nor turns its
+sign; below, k3 needs no guard. times_ratio multiplies the estimate by the gradient-carrying ratio (TRL's
+`use_bias_correction_kl`). `kl/full` sums pi log(pi / ref) over the vocabulary inside a chunk. Fidelity: code.
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from tokenloom.catalog import part
-from tokenloom.masked import masked_sum, where_mask
+from tokenloom.masked import clamped_exp, masked_sum, where_mask
 from tokenloom.signals import chunk_signal
 
 Estimator = Literal["k1", "k2", "k3", "k3+"]
@@ -28,7 +30,7 @@ def kl(
     logprobs: Tensor,
     ref_logprobs: Tensor,
     mask: Tensor,
-    ratio: Tensor | None = None,
+    log_ratio: Tensor | None = None,
     *,
     estimator: Estimator = "k3",
     value_limit: float | None = None,
@@ -38,7 +40,7 @@ def kl(
     """Estimate [B, T] of KL(policy || reference) in nats, a loss; zero off the mask.
 
     Raises:
-        ValueError: for `times_ratio` without a ratio.
+        ValueError: for `times_ratio` without a log-ratio.
 
     >>> one = torch.ones(1, 1, dtype=torch.bool)
     >>> kl(torch.tensor([[-1.0]]), torch.tensor([[-1.5]]), one)
@@ -48,9 +50,9 @@ def kl(
     if value_limit is not None:
         value = value.clamp(-value_limit, value_limit)
     if times_ratio:
-        if ratio is None:
-            raise ValueError("times_ratio multiplies by the importance ratio, which is not given")
-        value = value * where_mask(ratio, mask)
+        if log_ratio is None:
+            raise ValueError("times_ratio multiplies by the importance ratio, but log_ratio is not given")
+        value = value * clamped_exp(log_ratio, mask)
     return value
 
 
@@ -80,7 +82,9 @@ def kl_in_reward(
 def full_ref_kl(logits: Tensor, ref_logits: Tensor) -> Tensor:
     """KL(policy || reference) over the whole vocabulary, [N, V] and [N, V] -> [N] nats."""
     logprobs, ref = logits.log_softmax(-1), ref_logits.log_softmax(-1)
-    return (logprobs.exp() * (logprobs - ref)).sum(-1)
+    probs = logprobs.exp()
+    # A token that both laws exclude (logit -inf) would give 0 * (inf - inf).
+    return (probs * torch.where(probs > 0, logprobs - ref, torch.zeros_like(probs))).sum(-1)
 
 
 @part("kl/full", stage="term", scope="token", paper="arXiv:1909.08593")
@@ -98,8 +102,8 @@ def estimate(
         return -x
     if estimator == "k2":
         return x**2 / 2
-    clamped = x.clamp(-exponent_limit, exponent_limit)
-    k3 = clamped.exp() - x - 1
+    clamped = x.clamp(max=exponent_limit)
+    k3 = clamped.exp() - clamped - 1
     if estimator == "k3":
         return k3
     k2 = x**2 / 2

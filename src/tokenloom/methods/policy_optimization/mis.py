@@ -14,7 +14,7 @@ from torch import Tensor
 from tokenloom.algorithm import Algorithm
 from tokenloom.catalog import part, preset
 from tokenloom.masked import where_mask
-from tokenloom.methods.policy_optimization.tis import mismatch_ratio, normalized
+from tokenloom.methods.policy_optimization.tis import check_interval, mismatch_ratio, normalized
 
 
 @part("mis", stage="weight", scope="batch", paper="Yao et al. 2025")
@@ -28,14 +28,24 @@ def mis(
     maximum: float | None = 2.0,
     normalize: bool = False,
 ) -> Tensor:
-    """Masked importance weights [B, T], zero off the mask."""
+    """Masked importance weights [B, T], zero off the mask.
+
+    Raises:
+        ValueError: unless minimum < maximum.
+
+    >>> import torch
+    >>> one, old = torch.ones(1, 3, dtype=torch.bool), torch.tensor([[0.4, 1.0, 3.0]]).log()
+    >>> mis(old, torch.zeros(1, 3), one)
+    tensor([[0., 1., 0.]])
+    """
+    check_interval("mis", minimum, maximum)
     ratio = mismatch_ratio(old_logprobs, sampler_logprobs, mask, level)
     inside = mask
     if minimum is not None:
         inside = inside & (ratio >= minimum)
     if maximum is not None:
         inside = inside & (ratio <= maximum)
-    return normalized(where_mask(ratio, inside), mask, normalize)
+    return normalized(where_mask(ratio, inside), mask, level, normalize)
 
 
 @preset("mis", paper="Yao et al. 2025")
@@ -44,4 +54,5 @@ def mis_preset(*, dialect: Literal["icepop", "trl"] = "icepop") -> Algorithm:
     weight: dict[str, Any] = {"part": "mis"}
     if dialect == "trl":
         weight |= {"level": "sequence", "minimum": None, "maximum": 3.0}
-    return Algorithm.compose(advantage="grpo", surrogate="ppo-clip", aggregate="token-mean", weight=[weight])
+    advantage = {"part": "grpo", "eps": 1e-4 if dialect == "trl" else 1e-6}
+    return Algorithm.compose(advantage=advantage, surrogate="ppo-clip", aggregate="token-mean", weight=[weight])

@@ -35,7 +35,7 @@ def ppo_gae(
     tensor([[0.4750, 0.3500, 0.3000]])
     """
     scored = scored_tokens(token_rewards, mask)
-    advantages = gae(token_rewards, values, scored, gamma, torch.full_like(values[:, :1], lam))
+    advantages = gae(token_rewards, values, scored, gamma, values.new_full((len(values), 1), lam))
     returns = where_mask(advantages + where_mask(values, mask), mask)
     return {"advantages": whiten(advantages, scored) if whitened else advantages, "returns": returns}
 

@@ -26,10 +26,15 @@ def reinforce(rewards: Tensor, mask: Tensor, *, baseline: float = 0.0) -> Tensor
 @part("reinforce/running-baseline", stage="advantage", scope="batch", paper="Williams 1992")
 def running_baseline(
     rewards: Tensor, mask: Tensor, state: dict[str, float] | None, *, decay: float = 0.9
-) -> tuple[Tensor, dict[str, float]]:
-    """Advantages [B, T] against an exponential mean of earlier batches' rewards, and the new mean as state."""
+) -> tuple[Tensor, dict[str, float] | None]:
+    """Advantages [B, T] against an exponential mean of earlier batches' rewards, and the new mean as state.
+
+    A batch without any scorable row leaves the state as it was.
+    """
     scored = rewards[~rewards.isnan()]
-    mean = float(scored.mean()) if scored.numel() else 0.0
+    if scored.numel() == 0:
+        return to_tokens(torch.zeros_like(rewards), mask), state
+    mean = float(scored.mean())
     baseline = mean if state is None else state["baseline"]
     advantages = to_tokens(_scored(rewards - baseline), mask)
     return advantages, {"baseline": decay * baseline + (1 - decay) * mean}
@@ -51,7 +56,7 @@ def _scored(advantages: Tensor) -> Tensor:
 
 @preset("reinforce", paper="Williams 1992")
 def reinforce_preset(*, running_baseline: bool = True) -> Algorithm:
-    """REINFORCE with a running baseline (or none), every response's tokens summed and averaged over tokens."""
+    """REINFORCE with a running baseline (or none), averaged over the sampled tokens of the batch."""
     return Algorithm.compose(
         advantage="reinforce/running-baseline" if running_baseline else "reinforce",
         surrogate="reinforce/score",

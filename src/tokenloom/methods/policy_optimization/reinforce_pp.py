@@ -17,7 +17,8 @@ from torch import Tensor
 
 from tokenloom.algorithm import Algorithm
 from tokenloom.catalog import part, preset
-from tokenloom.masked import group_mean, where_mask, whiten
+from tokenloom.masked import to_tokens, where_mask, whiten
+from tokenloom.methods.policy_optimization.grpo import center
 
 
 @part("reinforce-pp", stage="advantage", scope="batch", paper="arXiv:2501.03262")
@@ -38,10 +39,8 @@ def reinforce_pp(
 @part("reinforce-pp/baseline", stage="advantage", scope="batch", paper="arXiv:2501.03262")
 def reinforce_pp_baseline(rewards: Tensor, group_ids: Tensor, mask: Tensor, *, correction: int = 1) -> Tensor:
     """Rewards centered per group, then whitened over all sampled tokens of the batch: [B, T]."""
-    scored = ~rewards.isnan()
-    centered = torch.where(scored, rewards, torch.zeros_like(rewards)) - group_mean(rewards, group_ids, scored)
-    usable = mask & scored[:, None]
-    return whiten(where_mask(centered[:, None].expand(mask.shape), usable), usable, correction=correction)
+    usable = mask & ~rewards.isnan()[:, None]
+    return whiten(to_tokens(center(rewards, group_ids), usable), usable, correction=correction)
 
 
 def discounted_returns(
@@ -60,11 +59,17 @@ def discounted_returns(
 
 
 @preset("reinforce-pp", paper="arXiv:2501.03262")
-def reinforce_pp_preset(*, baseline: bool = False, kl_coef: float = 0.0) -> Algorithm:
-    """REINFORCE++ (plain or with the group baseline), PPO clip 0.2, k1 KL in the token rewards if asked."""
+def reinforce_pp_preset(
+    *, baseline: bool = False, dialect: Literal["verl", "openrlhf"] = "verl", kl_coef: float = 0.0
+) -> Algorithm:
+    """REINFORCE++ (plain or with the group baseline), PPO clip 0.2, k1 KL in the token rewards if asked.
+
+    Dialect "openrlhf" whitens with the population variance; with `baseline` it is OpenRLHF's `reinforce_baseline`.
+    """
+    advantage = "reinforce-pp/baseline" if baseline else "reinforce-pp"
     return Algorithm.compose(
         reward=[{"part": "kl/in-reward", "coef": kl_coef}] if kl_coef else [],
-        advantage="reinforce-pp/baseline" if baseline else "reinforce-pp",
+        advantage={"part": advantage, "correction": 0 if dialect == "openrlhf" else 1},
         surrogate="ppo-clip",
         aggregate="token-mean",
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tokenloom.algorithm import Algorithm
 from tokenloom.catalog import part, preset
-from tokenloom.masked import group_constant, group_size, group_sum, to_tokens
+from tokenloom.masked import LOG_RATIO_LIMIT, group_constant, group_size, group_sum, to_tokens
 
 
 @part("rloo", stage="advantage", scope="group", paper="arXiv:2402.14740")
@@ -47,7 +47,7 @@ def rloo_preset(*, dialect: Literal["paper", "trl"] = "paper", kl_coef: float = 
         return Algorithm.compose(
             reward=reward,
             advantage="rloo",
-            log_ratio={"part": "gspo", "normalize": False},
+            log_ratio={"part": "gspo", "normalize": False, "limit": LOG_RATIO_LIMIT},
             surrogate="ppo-clip",
             aggregate={"part": "sequence-mean", "rows": "all"},
         )

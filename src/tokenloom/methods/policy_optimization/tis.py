@@ -3,7 +3,8 @@
 w = exp(old_logprobs - sampler_logprobs) per token, or exp of its sum over the row; w <- clip(w, min, max)
 weights = w, detached                                                                 [B, T] >= 0
 The policy term is multiplied, KL terms are not. A missing (NaN) sampler log-prob counts as ratio 1.
-normalize divides by the mean over sampled tokens of the batch. Equal engines give 1. Fidelity: code.
+normalize divides by the mean weight of the batch, over sampled tokens or over rows, as `level` says (verl).
+Equal engines give 1. Fidelity: code.
 """
 
 from __future__ import annotations
@@ -29,11 +30,20 @@ def tis(
     maximum: float | None = 2.0,
     normalize: bool = False,
 ) -> Tensor:
-    """Truncated weights [B, T], zero off the mask; bounds are inclusive."""
+    """Truncated weights [B, T], zero off the mask; bounds are inclusive.
+
+    Raises:
+        ValueError: unless minimum < maximum.
+
+    >>> one, old = torch.ones(1, 3, dtype=torch.bool), torch.tensor([[0.4, 1.0, 3.0]]).log()
+    >>> tis(old, torch.zeros(1, 3), one)
+    tensor([[0.4000, 1.0000, 2.0000]])
+    """
+    check_interval("tis", minimum, maximum)
     ratio = mismatch_ratio(old_logprobs, sampler_logprobs, mask, level)
     if minimum is not None or maximum is not None:
         ratio = ratio.clamp(minimum, maximum)
-    return normalized(ratio, mask, normalize)
+    return normalized(ratio, mask, level, normalize)
 
 
 def mismatch_ratio(
@@ -47,11 +57,20 @@ def mismatch_ratio(
     return gap.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
 
 
-def normalized(ratio: Tensor, mask: Tensor, normalize: bool) -> Tensor:
-    """The weights [B, T] on the mask, divided by their mean over it when `normalize`."""
+def normalized(ratio: Tensor, mask: Tensor, level: Literal["token", "sequence"], normalize: bool) -> Tensor:
+    """The weights [B, T] on the mask, divided by their mean over tokens or rows when `normalize`."""
     if normalize:
-        ratio = ratio / masked_mean(ratio, mask).clamp(min=torch.finfo(ratio.dtype).tiny)
+        mean = masked_mean(ratio, mask)
+        if level == "sequence":
+            mean = masked_mean(masked_mean(ratio, mask, -1), mask.any(-1))
+        ratio = ratio / mean.clamp(min=torch.finfo(ratio.dtype).tiny)
     return where_mask(ratio, mask)
+
+
+def check_interval(name: str, minimum: float | None, maximum: float | None) -> None:
+    """Refuse an interval of ratios that holds nothing."""
+    if minimum is not None and maximum is not None and minimum >= maximum:
+        raise ValueError(f"{name}: minimum = {minimum} must lie below maximum = {maximum}; null means no limit")
 
 
 @preset("tis", paper="Yao et al. 2025")

@@ -35,10 +35,11 @@ def vapo(
     `policy_lam` fixes lambda for all lengths instead of adapting it. Length counts sampled tokens.
     """
     scored = scored_tokens(token_rewards, mask)
-    column = where_mask(values, mask)[:, :1]
-    lam = torch.full_like(column, policy_lam) if policy_lam is not None else adaptive_lambda(mask, alpha).to(values)
+    lam = adaptive_lambda(mask, alpha).to(values)
+    if policy_lam is not None:
+        lam = torch.full_like(lam, policy_lam)
     advantages = gae(token_rewards, values, scored, gamma, lam)
-    targets = gae(token_rewards, values, scored, gamma, torch.full_like(column, critic_lam))
+    targets = gae(token_rewards, values, scored, gamma, torch.full_like(lam, critic_lam))
     returns = where_mask(targets + where_mask(values, mask), mask)
     return {"advantages": whiten(advantages, scored) if whitened else advantages, "returns": returns}
 

@@ -1,0 +1,88 @@
+"""The padded forward: prompt and response side by side, one row each, padding on the right.
+
+Attention is causal, so what stands to the right of a token cannot change it: right padding needs
+no mask, and default positions are right for every row. Rows of similar length share a call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from tokenloom.batch import Rollouts
+from tokenloom.masked import valid_positions
+from tokenloom.policy.interface import Gathered, Trunk
+
+
+def predicting_positions(prompt_lengths: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Which hidden state predicts which sampled token. The only code that shifts.
+
+    For prompts of `prompt_lengths` [B] followed by responses with `mask` [B, T]: `rows`, `columns`
+    [N] of the masked-in tokens and `positions` [N] in the joined sequence. Token t of a response
+    stands at position P + t and is predicted by the state at P + t - 1.
+
+    Raises:
+        ValueError: when a first token has no state before it, its prompt being empty.
+    """
+    rows, columns = mask.nonzero(as_tuple=True)
+    positions = prompt_lengths[rows] + columns - 1
+    if bool((positions < 0).any()):
+        row = int(rows[positions < 0][0])
+        raise ValueError(
+            f"row {row} has an empty prompt and a sampled first token: no state predicts it. "
+            "Give every prompt at least one token, such as the model's start token"
+        )
+    return rows, columns, positions
+
+
+class PaddedForward:
+    """Rows sorted by length, at most `token_budget` padded tokens a call (a longer row goes alone).
+
+    `exact` puts only rows of equal length together: for a model that padding disturbs.
+    """
+
+    def __init__(self, device: torch.device, *, token_budget: int, exact: bool = False) -> None:
+        self.device, self.token_budget, self.exact = device, token_budget, exact
+
+    def gather(self, trunk: Trunk, rollouts: Rollouts) -> Iterator[Gathered]:
+        """One `Gathered` per call. Rows without a sampled token never reach the model."""
+        mask = rollouts.mask.cpu()
+        prompts = torch.tensor([len(p) for p in rollouts.prompt_tokens], dtype=torch.int64)
+        rows, columns, positions = predicting_positions(prompts, mask)
+        # A row is fed up to its last predicting state: the last token itself predicts nothing asked for.
+        needed = torch.zeros(len(rollouts), dtype=torch.int64)
+        needed.scatter_reduce_(0, rows, positions + 1, "amax")
+        for batch in self._batches(needed):
+            width = int(needed[batch].max())
+            hidden = trunk(self._tokens(rollouts, batch, width).to(self.device))
+            place = torch.full((len(rollouts),), -1, dtype=torch.int64)
+            place[batch] = torch.arange(len(batch))
+            here = place[rows] >= 0
+            at = (place[rows[here]] * width + positions[here]).to(self.device)
+            flat = hidden.reshape(-1, hidden.shape[-1])
+            yield Gathered(flat[at], rows[here].to(self.device), columns[here].to(self.device))
+
+    def _batches(self, needed: Tensor) -> list[Tensor]:
+        order = torch.argsort(needed, stable=True, descending=True)
+        batches: list[list[int]] = []
+        width = 0
+        for row in order[needed[order] > 0].tolist():
+            length = int(needed[row])
+            full = not batches or (len(batches[-1]) + 1) * width > self.token_budget
+            if full or (self.exact and length != width):
+                batches.append([])
+                width = length
+            batches[-1].append(row)
+        return [torch.tensor(b, dtype=torch.int64) for b in batches]
+
+    def _tokens(self, rollouts: Rollouts, batch: Tensor, width: int) -> Tensor:
+        tokens = torch.empty(len(batch), width, dtype=torch.int64)
+        valid = valid_positions(rollouts.lengths, rollouts.tokens.shape[1])
+        for i, row in enumerate(batch.tolist()):
+            prompt = rollouts.prompt_tokens[row]
+            joined = torch.cat([prompt.cpu(), rollouts.tokens[row][valid[row]].cpu()])[:width]
+            # Filled with the row's last token: some models search their input for a padding id and complain.
+            tokens[i, : len(joined)], tokens[i, len(joined) :] = joined, joined[-1]
+        return tokens

@@ -1,0 +1,78 @@
+"""Which computations a list of signal names takes."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+from tokenloom.signals import CHUNK_SIGNALS, SIGNAL_NAMES, ChunkSignal
+
+
+@dataclass(frozen=True)
+class Needs:
+    """The names asked for, `names`, and the registered chunk signals among them."""
+
+    names: frozenset[str]
+    chunk_signals: tuple[ChunkSignal, ...]
+
+    @classmethod
+    def parse(cls, needs: Sequence[str], *, has_values: bool) -> Self:
+        """Check names against what is known.
+
+        Raises:
+            ValueError: naming the unknown signal, the known ones and the nearest.
+        """
+        if isinstance(needs, str):
+            raise ValueError(
+                f"needs must be a list of signal names, got the text {needs!r}; write [{needs!r}]"
+            )
+        known = [*SIGNAL_NAMES, *sorted(CHUNK_SIGNALS)]
+        for name in needs:
+            if name not in known:
+                close = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else ""
+                raise ValueError(f"unknown signal {name!r}; known: {', '.join(known)}{hint}")
+        if not has_values and {"values", "old_values"} & set(needs):
+            raise ValueError(
+                "values are asked for but the model has no critic: "
+                "add an empty `value_head: {}` to the model section"
+            )
+        chunk_signals = tuple(CHUNK_SIGNALS[n] for n in dict.fromkeys(needs) if n in CHUNK_SIGNALS)
+        return cls(frozenset(needs), chunk_signals)
+
+    @property
+    def head(self) -> bool:
+        """Log-probs or entropies of the policy."""
+        return bool(self.names & {"logprobs", "old_logprobs", "entropies"})
+
+    @property
+    def entropies(self) -> bool:
+        """Entropies of the policy."""
+        return "entropies" in self.names
+
+    @property
+    def values(self) -> bool:
+        """The critic's values."""
+        return bool(self.names & {"values", "old_values"})
+
+    @property
+    def ref_logprobs(self) -> bool:
+        """Log-probs of the reference model."""
+        return "ref_logprobs" in self.names
+
+    @property
+    def ref_logits(self) -> bool:
+        """The reference model's logits, for a chunk signal."""
+        return any("ref_logits" in s.inputs for s in self.chunk_signals)
+
+    @property
+    def reference(self) -> bool:
+        """A forward through the reference model."""
+        return self.ref_logprobs or self.ref_logits
+
+    @property
+    def policy(self) -> bool:
+        """A forward through the policy."""
+        return self.head or self.values or bool(self.chunk_signals)

@@ -1,0 +1,137 @@
+"""A check at load: does what Tokenloom computes agree with the model's own code on a few tokens?
+
+Three things are compared in the model's own number format. The padded forward with one row at a
+time; the padded forward with itself under another padding token; and the head's log-probs with
+the log-softmax of the logits that the model itself returns.
+This is what makes "any Hugging Face causal LM" true: a model with a surprise falls back to slower code.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenloom.policy.head import LogprobHead
+from tokenloom.policy.own_logits import run_trunk, trunk_of
+
+log = logging.getLogger(__name__)
+
+_LENGTHS = (3, 7, 12)
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """Errors found and allowed; `head` in nats, the others relative to the hidden states' norm."""
+
+    forward_error: float
+    forward_tolerance: float
+    filler_error: float
+    filler_tolerance: float
+    head_error: float
+    head_tolerance: float
+
+    @property
+    def forward_agrees(self) -> bool:
+        """Right padding changes nothing beyond rounding."""
+        return self.forward_error <= self.forward_tolerance and self.filler_error <= self.filler_tolerance
+
+    @property
+    def head_agrees(self) -> bool:
+        """The fused log-probs are the model's own."""
+        return self.head_error <= self.head_tolerance
+
+    def warn(self, name: str) -> None:
+        """Say once what disagreed for the model class `name`, and what happens instead."""
+        if not self.forward_agrees:
+            log.warning(
+                "%s: right padding changes the hidden states: by %.1e (rounding explains %.1e), and by %.1e "
+                "(%.1e) with the padding token; rows of different lengths now go through the model "
+                "separately, which is slower",
+                name,
+                self.forward_error,
+                self.forward_tolerance,
+                self.filler_error,
+                self.filler_tolerance,
+            )
+        if not self.head_agrees:
+            log.warning(
+                "%s: log-probs from the head's weight, bias, scale and soft-cap differ from the model's own "
+                "by %.1e nats (rounding explains %.1e); its own head is used instead, which is slower",
+                name,
+                self.head_error,
+                self.head_tolerance,
+            )
+
+
+@torch.no_grad()
+def self_test(causal: nn.Module, head: LogprobHead) -> SelfTest:
+    """Compare on three rows of 3 to 12 fixed tokens. NaN counts as disagreement."""
+    model: Any = causal
+    config = model.config.get_text_config()
+    vocabulary, layers = int(config.vocab_size), int(getattr(config, "num_hidden_layers", 1))
+    trunk = trunk_of(causal)
+    weight = next(causal.parameters())
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(vocabulary, (n,), generator=generator) for n in _LENGTHS]
+    together, again = (
+        run_trunk(trunk, _padded(rows, shift, vocabulary).to(weight.device)) for shift in (0, 1)
+    )
+    forward_error = filler_error = head_error = head_tolerance = 0.0
+    for i, row in enumerate(rows):
+        tokens = row.to(weight.device)
+        alone = run_trunk(trunk, tokens[None])[0]
+        norms = alone.double().norm(dim=-1)
+        forward_error = _worst(forward_error, (together[i, : len(row)] - alone).double().norm(dim=-1) / norms)
+        filler_error = _worst(filler_error, (together - again)[i, : len(row)].double().norm(dim=-1) / norms)
+        logits = model(input_ids=tokens[None], use_cache=False).logits[0]
+        own = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+        # Scored at the tokens themselves and at the least likely ones, where a wrong scale shows most.
+        for targets in (tokens, own.argmin(-1)):
+            ours, _ = head(alone, targets)
+            head_error = _worst(head_error, (ours - own.gather(-1, targets[:, None])[:, 0]).double())
+        head_tolerance = max(head_tolerance, _head_tolerance(head, alone, logits))
+    return SelfTest(
+        forward_error=forward_error,
+        forward_tolerance=_forward_tolerance(weight.dtype, layers),
+        filler_error=filler_error,
+        # The same shapes run the same code: equal to the bit, but for experts, whose batches change.
+        filler_tolerance=8 * torch.finfo(weight.dtype).eps,
+        head_error=head_error,
+        head_tolerance=head_tolerance,
+    )
+
+
+def _padded(rows: list[Tensor], shift: int, vocabulary: int) -> Tensor:
+    """Rows filled on the right with their last token plus `shift`."""
+    out = torch.empty(len(rows), max(_LENGTHS), dtype=torch.int64)
+    for i, row in enumerate(rows):
+        out[i, : len(row)], out[i, len(row) :] = row, (row[-1] + shift) % vocabulary
+    return out
+
+
+def _worst(so_far: float, errors: Tensor) -> float:
+    worst = float(errors.abs().max())
+    return float("inf") if worst != worst else max(so_far, worst)
+
+
+def _forward_tolerance(dtype: torch.dtype, layers: int) -> float:
+    """Relative rounding error of two evaluations that differ in the order of summation.
+
+    A layer rounds about ten times on the residual path; errors of random sign add up as a root. Half
+    an eps each, two evaluations, and a factor 8 for the worst token and for what a layer amplifies.
+    """
+    return float(8 * torch.finfo(dtype).eps * (10 * max(layers, 1)) ** 0.5)
+
+
+def _head_tolerance(head: LogprobHead, hidden: Tensor, logits: Tensor) -> float:
+    """Twice the error of a logit: a dot product summed in float32 or better, and three roundings."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    linear = head.linear
+    norms = linear.weight.double().norm(dim=-1).max() if isinstance(linear, nn.Linear) else torch.ones(())
+    product = float(hidden.double().norm(dim=-1).max() * norms) * abs(head.shape.scale)
+    largest = float(logits.double().abs().max())
+    return 2 * (torch.finfo(wide).eps * 8 * product + 3 * torch.finfo(logits.dtype).eps * largest)

@@ -1,0 +1,1 @@
+"""Recipes shipped with Tokenloom, one YAML file each."""

@@ -1,0 +1,23 @@
+"""Training: recipes, the loop, checkpoints, evaluation."""
+
+from __future__ import annotations
+
+from tokenloom.train.errors import RecipeError, TrainingDiverged
+from tokenloom.train.events import Observer, Silent
+from tokenloom.train.loop import Outcome, Session, Trainer, train
+from tokenloom.train.recipe import Recipe, load_recipe, recipe_names, recipe_schema
+
+__all__ = [
+    "Observer",
+    "Outcome",
+    "Recipe",
+    "RecipeError",
+    "Session",
+    "Silent",
+    "Trainer",
+    "TrainingDiverged",
+    "load_recipe",
+    "recipe_names",
+    "recipe_schema",
+    "train",
+]

@@ -1,0 +1,395 @@
+"""The training loop. A step reads top to bottom in `Trainer.step`."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+from tokenloom.batch import Rollouts
+from tokenloom.masked import masked_mean
+from tokenloom.plan import Metrics, Plan, Update
+from tokenloom.policy import Policy
+from tokenloom.signals import Signals
+from tokenloom.tasks import Task, Verifier, load_task
+from tokenloom.train import checkpoint
+from tokenloom.train.collect import Collected, Collector
+from tokenloom.train.data import PromptStream, derive
+from tokenloom.train.dump import save_bad_batch, token_lines
+from tokenloom.train.errors import TrainingDiverged
+from tokenloom.train.evaluate import Evaluation, evaluate
+from tokenloom.train.events import Observer, Observers
+from tokenloom.train.optim import Optimizer
+from tokenloom.train.recipe import Recipe
+from tokenloom.train.respond import Responder
+from tokenloom.train.run import RunFolder
+
+log = logging.getLogger(__name__)
+
+MAX_BAD_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended: steps done, held-out accuracy before and after, where the results are."""
+
+    run: Path
+    steps: int
+    before: Evaluation | None
+    after: Evaluation
+    stopped_early: bool
+
+
+class Trainer:
+    """A run: everything it holds is made in `open`, everything that changes is in `checkpoint`."""
+
+    def __init__(
+        self, recipe: Recipe, run: RunFolder, policy: Policy, task: Task, verifier: Verifier, observer: Observer
+    ) -> None:
+        self.recipe, self.run, self.policy, self.task = recipe, run, policy, task
+        self.observer = observer
+        self.algorithm = recipe.build_algorithm()
+        self.optimizer = Optimizer(policy.trainable_parameters(), recipe.train)
+        self.stream = PromptStream(task, recipe.train.seed)
+        self.responder = Responder(policy, verifier, environment=task.environment, max_rows=recipe.rollout.max_rows)
+        # An evaluation answers many more prompts than a step; in waves its cache stays as small as a step's.
+        step_rows = recipe.rollout.prompts_per_step * recipe.rollout.group_size
+        waves = recipe.rollout.max_rows or max(step_rows, 64)
+        self.examiner = Responder(policy, verifier, environment=task.environment, max_rows=waves)
+        self.collector = Collector(recipe, self.responder, self.stream)
+        self.state: dict[str, Any] = {}
+        self.done = 0
+        self.bad_steps = 0
+        self.best: list[float] = []
+        self.before: Evaluation | None = None
+        policy.prepare(sorted(self.algorithm.needs | self.algorithm.loss_needs))
+
+    # -- the run ------------------------------------------------------------------------------------
+
+    def train(self) -> Outcome:
+        """Run to the last step (or an early stop), evaluating and saving on the way."""
+        config = self.recipe.train
+        stopped = False
+        if self.done == 0:
+            self.before = self._evaluate(0, config.eval.final_samples)
+            self._samples(self.before, 0)
+        while self.done < config.steps and not stopped:
+            self.step(self.done)
+            self.done += 1
+            last = self.done == config.steps
+            if config.eval.every and self.done % config.eval.every == 0 and not last:
+                stopped = self._enough(self._evaluate(self.done, config.eval.samples))
+            if config.checkpoint_every and self.done % config.checkpoint_every == 0 and not (last or stopped):
+                self.save_checkpoint()
+        after = self._evaluate(self.done, config.eval.final_samples)
+        self._samples(after, self.done)
+        self.save_checkpoint()
+        self.save_model()
+        self.run.finish({"steps": self.done, "stopped_early": stopped})
+        return Outcome(self.run.path, self.done, self.before, after, stopped)
+
+    # -- the step -----------------------------------------------------------------------------------
+
+    def step(self, step: int) -> None:
+        """One training step: sample and score, signals, plan, then update by update."""
+        started = time.perf_counter()
+        total = self.recipe.train.steps
+        algorithm, policy = self.algorithm, self.policy
+        generator = torch.Generator(device="cpu").manual_seed(derive(self.recipe.train.seed, "plan", step))
+
+        collected = self.collector.collect(algorithm, step, partial(self._progress, "rollout"))
+        rollouts = collected.rollouts
+        sampled_at = time.perf_counter()
+
+        signals = policy.signals(rollouts, sorted(algorithm.needs)) if algorithm.needs else Signals()
+        plan = algorithm.plan(rollouts, signals, self.state, step=step, total_steps=total, generator=generator)
+        self._dump(collected, plan, step)
+
+        metrics = Metrics()
+        norms: list[float] = []
+        skipped = 0
+        for update in plan.updates:
+            if algorithm.needs_refresh:
+                seen = policy.signals(rollouts.rows(update.rows), sorted(algorithm.loss_needs))
+                update = algorithm.refresh(update, seen, generator)
+            finite = True
+            for rows in self._micro_batches(rollouts, update):
+                batch = update[rows]
+                live = policy.signals(rollouts.rows(batch.rows), sorted(algorithm.loss_needs), grad=True)
+                loss, measured = algorithm.loss(live, batch)
+                finite = finite and math.isfinite(float(loss.detach()))
+                if not finite:
+                    break
+                policy.backward(loss)
+                metrics.merge([measured])
+            norm = self.optimizer.step(step) if finite else None
+            if norm is None:
+                self.optimizer.clear()
+                skipped += 1
+                self._skipped(step, rollouts, live, plan, "loss" if not finite else "gradient")
+            else:
+                norms.append(norm)
+        self.state = plan.state
+        self._count_bad(bool(skipped))
+
+        record = self._record(step, collected, plan, metrics.result(), norms, skipped)
+        ended = time.perf_counter()
+        tokens = int(rollouts.mask.sum())
+        timing = {
+            "step": step + 1,
+            "seconds": ended - started,
+            "rollout_seconds": sampled_at - started,
+            "train_seconds": ended - sampled_at,
+            "tokens_per_second": tokens / max(ended - started, 1e-9),
+        }
+        self.run.append("metrics.jsonl", record)
+        self.run.append("timing.jsonl", timing)
+        self.observer.step(record, timing, total)
+
+    def _micro_batches(self, rollouts: Rollouts, update: Update) -> Iterator[Tensor]:
+        """Live rows of an update, longest first, cut so that padded tokens stay within the budget.
+
+        Rows that the plan leaves without effect never reach the model.
+        """
+        live = update.live_rows
+        batch = update.rows[live]
+        prompts = torch.tensor([len(rollouts.prompt_tokens[i]) for i in batch.tolist()])
+        order = (prompts + rollouts.lengths[batch]).argsort(descending=True, stable=True)
+        taken: list[int] = []
+        widest_prompt = widest_response = done = 0
+        for i in order.tolist():
+            prompt = max(widest_prompt, int(prompts[i]))
+            response = max(widest_response, int(rollouts.lengths[batch[i]]))
+            if taken and (len(taken) + 1) * (prompt + response) > self.recipe.train.micro_batch_tokens:
+                yield live[torch.tensor(taken)]
+                done += len(taken)
+                self._progress("update", done, len(live), 0)
+                taken, prompt, response = [], int(prompts[i]), int(rollouts.lengths[batch[i]])
+            taken.append(i)
+            widest_prompt, widest_response = prompt, response
+        if taken:
+            yield live[torch.tensor(taken)]
+            self._progress("update", len(live), len(live), 0)
+
+    # -- measuring ----------------------------------------------------------------------------------
+
+    def _record(
+        self, step: int, collected: Collected, plan: Plan, measured: dict[str, float], norms: list[float], skipped: int
+    ) -> dict[str, Any]:
+        rollouts = collected.rollouts
+        record: dict[str, Any] = {
+            "step": step + 1,
+            "kind": "train",
+            "reward": collected.first_reward,
+            "accuracy": collected.first_accuracy,
+            "response_length": float(rollouts.lengths.float().mean()),
+            "lr": self.optimizer.learning_rate(step),
+            "loss": measured.pop("loss", 0.0),
+            "grad_norm": sum(norms) / len(norms) if norms else 0.0,
+        }
+        if rollouts.sampler_logprobs is not None:
+            # On policy the mean of -log pi(sampled token) estimates the entropy without another pass.
+            record["entropy"] = -float(masked_mean(rollouts.sampler_logprobs, rollouts.mask))
+        if rollouts.truncated is not None:
+            record["truncated"] = float(rollouts.truncated.float().mean())
+        if self.algorithm.refill:
+            record |= {"sampling/rounds": collected.rounds, "sampling/groups": collected.sampled_groups}
+        for name, values in rollouts.reward_components.items():
+            if len(rollouts.reward_components) > 1:
+                record[f"reward/{name}"] = float(values.nanmean())
+        record |= {"verifier_errors": collected.errors} if collected.errors else {}
+        record |= {"skipped_updates": skipped} if skipped else {}
+        for text in collected.messages:
+            self.observer.message(f"verifier: {text}")
+        return record | {f"plan/{k}": v for k, v in plan.metrics.items()} | measured
+
+    def _evaluate(self, step: int, samples: int | None) -> Evaluation:
+        config = self.recipe.train.eval
+        items = self.task.heldout[: config.problems]
+        result = evaluate(
+            self.examiner,
+            items,
+            max_tokens=self.recipe.rollout.max_tokens,
+            samples=config.samples if samples is None else samples,
+            temperature=config.temperature,
+            stop=self.recipe.rollout.stop,
+            seed=self.recipe.train.seed,
+            report=partial(self._progress, "evaluate"),
+        )
+        record = result.record(step)
+        self.run.append("metrics.jsonl", record)
+        self.observer.evaluation(record)
+        return result
+
+    def _samples(self, evaluation: Evaluation, step: int) -> None:
+        for line in evaluation.greedy_answers[: self.recipe.log.samples]:
+            self.run.append("samples.jsonl", {"step": step, **line, "expected": str(line["expected"])})
+
+    def _enough(self, evaluation: Evaluation) -> bool:
+        stop = self.recipe.train.early_stop
+        if stop is None:
+            return False
+        value = evaluation.greedy if stop.metric == "greedy" else evaluation.sampled
+        if value is None:
+            return False
+        self.best.append(value)
+        if stop.target is not None and value >= stop.target:
+            self.observer.message(f"stopping: held-out {stop.metric} accuracy {value:.3f} reached {stop.target}")
+            return True
+        if stop.patience is not None and len(self.best) - 1 - self.best.index(max(self.best)) >= stop.patience:
+            self.observer.message(f"stopping: no better {stop.metric} accuracy in {stop.patience} evaluations")
+            return True
+        return False
+
+    def _dump(self, collected: Collected, plan: Plan, step: int) -> None:
+        every = self.recipe.log.tokens_every
+        if every and (step % every == 0 or step + 1 == self.recipe.train.steps):
+            lines = token_lines(
+                collected, plan, self.algorithm, self.policy, step,
+                self.recipe.log.tokens_rows, self.state, self.recipe.train.steps,
+            )  # fmt: skip
+            for line in lines:
+                self.run.append("tokens.jsonl", line)
+
+    def _progress(self, stage: str, done: int, total: int, tokens: int) -> None:
+        self.observer.progress(stage, done, total, tokens)
+
+    # -- trouble ------------------------------------------------------------------------------------
+
+    def _skipped(self, step: int, rollouts: Rollouts, signals: Signals, plan: Plan, what: str) -> None:
+        folder = save_bad_batch(self.run.path / "bad" / f"step-{step + 1:06d}", rollouts, signals, plan)
+        self.observer.message(f"step {step + 1}: the {what} is not a number; update skipped, batch kept in {folder}")
+
+    def _count_bad(self, bad: bool) -> None:
+        self.bad_steps = self.bad_steps + 1 if bad else 0
+        if self.bad_steps >= MAX_BAD_STEPS:
+            broken = [n for n, p in self.policy.trainable_parameters() if not bool(p.isfinite().all())]
+            cause = (
+                f"{len(broken)} weights are not finite, first {broken[0]!r}: the damage was done earlier"
+                if broken
+                else "the weights are finite: the batch itself gives the overflow"
+            )
+            raise TrainingDiverged(
+                f"{MAX_BAD_STEPS} steps in a row were skipped ({cause}). The batches are in "
+                f"{self.run.path / 'bad'}. Usual remedies: a lower train.learning_rate, a smaller train.max_grad_norm, "
+                "float32 instead of model.autocast: bf16; then `tokenloom train --resume` from the last checkpoint."
+            )
+
+    # -- saving -------------------------------------------------------------------------------------
+
+    def save_checkpoint(self) -> None:
+        """Save everything that changes, atomically."""
+        best = {"best": self.best, "bad_steps": self.bad_steps, "before": _plain(self.before)}
+        checkpoint.save(
+            self.run.path / "checkpoints",
+            checkpoint.Checkpoint(
+                step=self.done,
+                weights=self.policy.state_dict(),
+                optimizer=self.optimizer.state(),
+                algorithm=self.state,
+                progress={"data": self.stream.position, "files": self.run.sizes(), **best},
+            ),
+            keep=self.recipe.train.keep_checkpoints,
+        )
+
+    def restore(self) -> int:
+        """Continue from the newest whole checkpoint; returns its step (0 without one)."""
+        found = checkpoint.load_newest(self.run.path / "checkpoints")
+        if found is None:
+            self.run.cut({})
+            return 0
+        self.policy.load_state_dict(found.weights)
+        self.optimizer.load(found.optimizer)
+        self.state, self.done = found.algorithm, found.step
+        self.stream.restore(found.progress["data"])
+        self.best, self.bad_steps = found.progress["best"], found.progress["bad_steps"]
+        before = found.progress["before"]
+        self.before = None if before is None else Evaluation(**before)
+        self.run.cut(found.progress["files"])
+        return self.done
+
+    def save_model(self) -> None:
+        """Write `model/`, an ordinary Hugging Face folder, in one piece."""
+        target, temporary = self.run.path / "model", self.run.path / ".model-writing"
+        shutil.rmtree(temporary, ignore_errors=True)
+        self.policy.save(temporary)
+        shutil.rmtree(target, ignore_errors=True)
+        os.rename(temporary, target)
+
+
+def _plain(evaluation: Evaluation | None) -> dict[str, Any] | None:
+    if evaluation is None:
+        return None
+    return {n: getattr(evaluation, n) for n in ("problems", "samples", "greedy", "sampled")}
+
+
+class Session:
+    """Opens what a run needs (folder, task, verifiers, policy) and closes it again.
+
+    Raises:
+        ValueError: when the folder holds a run already and `resume` is not set, or its recipe differs.
+    """
+
+    def __init__(self, recipe: Recipe, run: str | Path, observers: list[Observer], *, resume: bool = False) -> None:
+        self.recipe, self.observer, self.resume = recipe, Observers(observers), resume
+        self.path = Path(run)
+
+    def __enter__(self) -> Self:
+        begun = (self.path / "recipe.yaml").exists()
+        if begun and not self.resume:
+            raise ValueError(
+                f"{str(self.path)!r} already holds a run. Continue it with `tokenloom train --resume {self.path}`, "
+                "or choose another folder"
+            )
+        self.run = RunFolder(self.path)
+        try:
+            if self.resume:
+                changed = self.run.changed(self.recipe)
+                if changed:
+                    shown = "; ".join(f"{k}: {old!r} -> {new!r}" for k, (old, new) in changed.items())
+                    raise ValueError(f"the recipe differs from the one that {str(self.path)!r} was begun with: {shown}")
+            torch.manual_seed(derive(self.recipe.train.seed, "global"))
+            self.observer.message(f"loading the task {self.recipe.task.source or 'mixture'}")
+            task = load_task(self.recipe.task)
+            self.observer.message(task.report)
+            if not begun:
+                self.run.begin(self.recipe)
+            self.verifier = Verifier(self.recipe.task)
+            self.verifier.__enter__()
+            self.observer.message(f"loading the model {self.recipe.model.name}")
+            policy = Policy.load(config=self.recipe.model, seed=derive(self.recipe.train.seed, "adapters"))
+            self.trainer = Trainer(self.recipe, self.run, policy, task, self.verifier, self.observer)
+            if self.resume:
+                step = self.trainer.restore()
+                self.observer.message(f"resuming after step {step}" if step else "resuming from the beginning")
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if hasattr(self, "verifier"):
+            self.verifier.close()
+        self.run.close()
+        self.observer.close()
+
+
+def train(recipe: Recipe, run: str | Path, observers: list[Observer] | None = None, *, resume: bool = False) -> Outcome:
+    """Train as the recipe says, leaving everything in the folder `run`.
+
+    Raises:
+        ValueError: for a folder in use, a changed recipe, or a malformed task.
+        TrainingDiverged: when three steps in a row had no finite loss or gradient.
+    """
+    with Session(recipe, run, observers or [], resume=resume) as session:
+        return session.trainer.train()

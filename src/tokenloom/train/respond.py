@@ -1,0 +1,96 @@
+"""Responses with their scores, single-turn or through an environment: what training and evaluation share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tokenloom.batch import Rollouts, Sampling
+from tokenloom.policy import Policy
+from tokenloom.rollout import generate
+from tokenloom.rollout.multiturn import run_episodes
+from tokenloom.tasks import Item, Verifier
+from tokenloom.tasks.task import EnvironmentFactory
+
+Report = Callable[[int, int, int], None]
+
+RIGHT = 1 - 1e-9
+"""An environment's reward from which an episode counts as right; verifiers say so themselves."""
+
+
+@dataclass(frozen=True)
+class Responses:
+    """Rollouts with rewards, their texts (special tokens left out), and which rows are right."""
+
+    rollouts: Rollouts
+    texts: list[str]
+    correct: list[bool]
+    errors: int
+    messages: list[str]
+
+
+class Responder:
+    """Lets a policy answer items and scores the answers with a verifier, or with the task's environment."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        verifier: Verifier,
+        *,
+        environment: EnvironmentFactory | None = None,
+        max_rows: int | None = None,
+    ) -> None:
+        self.policy, self.verifier, self.environment, self.max_rows = policy, verifier, environment, max_rows
+
+    def respond(
+        self,
+        items: Sequence[Item],
+        sampling: Sampling,
+        *,
+        copies: int,
+        generator: torch.Generator,
+        report: Report | None = None,
+        shape: Callable[[Tensor], Tensor] | None = None,
+    ) -> Responses:
+        """`copies` responses to each item, rows item by item, `group_ids` the item's index."""
+        shape_logits = None if shape is None else (lambda logits, _step: shape(logits))
+        if self.environment is not None:
+            rollouts = run_episodes(
+                self.policy,
+                self.environment,
+                items,
+                sampling,
+                copies=copies,
+                generator=generator,
+                max_rows=self.max_rows,
+                shape_logits=shape_logits,
+            )
+            rewards = rollouts.rewards if rollouts.rewards is not None else torch.zeros(len(rollouts))
+            return Responses(rollouts, self._decode(rollouts), [bool(r >= RIGHT) for r in rewards], 0, [])
+        rollouts = generate(
+            self.policy,
+            [self.policy.encode_prompt(i.messages or i.prompt or "") for i in items],
+            sampling,
+            copies=copies,
+            generator=generator,
+            progress=report,
+            max_rows=self.max_rows,
+            shape_logits=shape_logits,
+        )
+        texts = self._decode(rollouts)
+        scores = self.verifier.score([items[int(g)] for g in rollouts.group_ids], texts)
+        rollouts = rollouts.replace(
+            rewards=torch.tensor(scores.rewards, dtype=torch.float32),
+            reward_components={k: torch.tensor(v, dtype=torch.float32) for k, v in scores.components.items()},
+            answers=tuple(scores.answers),
+            prompts=tuple(items[int(g)].metadata for g in rollouts.group_ids),
+        )
+        return Responses(rollouts, texts, scores.correct, scores.errors + scores.timeouts, scores.messages)
+
+    def _decode(self, rollouts: Rollouts) -> list[str]:
+        rows = [rollouts.response(i).tolist() for i in range(len(rollouts))]
+        texts: list[str] = self.policy.tokenizer.batch_decode(rows, skip_special_tokens=True)
+        return texts

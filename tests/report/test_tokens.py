@@ -1,0 +1,78 @@
+"""Which responses a page embeds, and in what shape."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tokenloom.report import tokens
+from tokenloom.report.tokens import read_tokens, spread
+
+
+def _write(folder: Path, lines: list[dict[str, Any]]) -> Path:
+    path = folder / "tokens.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def _line(step: int, row: int, group: int, reward: float, n: int = 3) -> dict[str, Any]:
+    return {"step": step, "row": row, "group": group, "reward": reward, "ids": [7] * n, "pieces": ["a"] * n}
+
+
+def test_spread() -> None:
+    assert spread(list(range(10)), 4) == [0, 3, 6, 9]
+    assert spread([1, 2], 5) == [1, 2]
+    assert spread([1, 2, 3], 1) == [3]
+
+
+def test_budget_is_shared_by_steps_and_mixed_groups_come_first(tmp_path: Path) -> None:
+    lines = [_line(s, r, r // 2, float(r == 4)) for s in (1, 2, 3) for r in range(6)]
+    dump = read_tokens(_write(tmp_path, lines), [], max_responses=6)
+    assert (dump.total, dump.steps) == (18, 3)
+    # Group 2 (rows 4 and 5) is the only one whose rewards differ.
+    assert [(r.step, r.row) for r in dump.rows] == [(s, r) for s in (1, 2, 3) for r in (4, 5)]
+
+
+def test_more_steps_than_responses(tmp_path: Path) -> None:
+    lines = [_line(s, r, 0, 0.0) for s in range(1, 101) for r in range(2)]
+    dump = read_tokens(_write(tmp_path, lines), [], max_responses=5)
+    assert [r.step for r in dump.rows] == [1, 26, 51, 75, 100]
+    assert read_tokens(tmp_path / "tokens.jsonl", [], max_responses=0).rows == ()
+
+
+def test_token_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "MAX_TOKENS", 10)
+    dump = read_tokens(_write(tmp_path, [_line(1, r, r, 0.0, 4) for r in range(9)]), [])
+    assert [r.row for r in dump.rows] == [0, 1]
+    # One response beyond the budget is still shown.
+    dump = read_tokens(_write(tmp_path, [_line(1, 0, 0, 0.0, 40)]), [])
+    assert len(dump.rows) == 1
+
+
+def test_rows_written_again_count_once(tmp_path: Path) -> None:
+    dump = read_tokens(_write(tmp_path, [_line(1, 0, 0, 0.0), _line(1, 1, 0, 0.0), _line(1, 0, 0, 5.0)]), [])
+    assert dump.total == 2
+    assert [(r.row, r.reward) for r in dump.rows] == [(0, 5.0), (1, 0.0)]
+
+
+def test_uneven_lengths_are_filled(tmp_path: Path) -> None:
+    line = {"step": 1, "ids": [5, 6, 7], "pieces": ["a"], "mask": [0]}
+    line |= {"quantities": {"entropy": [0.5, float("nan"), "x", 9.0], "odd": 3}}
+    (row,) = read_tokens(_write(tmp_path, [line]), []).rows
+    assert row.pieces == ["a", "<6>", "<7>"]
+    assert row.mask == [False, True, True]
+    assert row.quantities == {"entropy": [0.5, None, None]}
+    assert (row.row, row.group, row.reward, row.answer) == (0, None, None, None)
+
+
+def test_long_responses_and_pieces_are_cut(tmp_path: Path) -> None:
+    n = tokens.MAX_TOKENS_PER_RESPONSE + 7
+    line = _line(1, 0, 0, 1.0, n) | {"quantities": {"entropy": [1.0] * n}}
+    line["pieces"][0] = "y" * 1000
+    (row,) = read_tokens(_write(tmp_path, [line]), []).rows
+    assert row.omitted == 7
+    assert len(row.pieces) == len(row.ids) == len(row.quantities["entropy"]) == tokens.MAX_TOKENS_PER_RESPONSE
+    assert row.pieces[0] == "y" * 200 + "… [+800 characters]"
