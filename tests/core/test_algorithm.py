@@ -439,6 +439,19 @@ def test_a_row_with_only_a_term_is_live() -> None:
     assert update.live_rows.tolist() == [0, 1]
 
 
+def test_a_late_credit_part_keeps_rows_without_advantage_alive() -> None:
+    @part("test/revive", stage="credit", scope="token", paper="none")
+    def revive(advantages: Tensor, logprobs: Tensor, mask: Tensor) -> Tensor:
+        return advantages + mask.to(advantages.dtype)
+
+    rollouts = batch([1.0, 1.0], [2, 0])
+    algorithm = Algorithm.compose(advantage="grpo", credit="test/revive")
+    update = algorithm.plan(rollouts, zeros(rollouts)).updates[0]
+    assert (update.tensors["advantages"] == 0).all()
+    assert update.live_rows.tolist() == [0]
+    assert (gradient(algorithm, zeros(rollouts), [update]) != 0).any()
+
+
 def test_schedules_are_resolved_by_step() -> None:
     rollouts, signals = random_batch(13)
 

@@ -61,9 +61,7 @@ def test_worked_by_hand() -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_values_and_gradients_are_those_of_the_definition(
-    shape: dict[str, Any], biased: bool, chunk: int
-) -> None:
+def test_values_and_gradients_are_those_of_the_definition(shape: dict[str, Any], biased: bool, chunk: int) -> None:
     hidden, weight, targets, bias = inputs()
     leaves = [hidden, weight, *([bias] if biased else [])]
     weights = torch.linspace(-1, 2, 7, dtype=torch.float64)
@@ -82,9 +80,7 @@ def test_values_and_gradients_are_those_of_the_definition(
     theirs_grads = torch.autograd.grad(total(*theirs), leaves)
     for a, b in zip(ours_grads, theirs_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-    alone, none = linear_logprobs(
-        hidden, weight, targets, bias=bias if biased else None, chunk=chunk, **shape
-    )
+    alone, none = linear_logprobs(hidden, weight, targets, bias=bias if biased else None, chunk=chunk, **shape)
     assert none is None
     torch.testing.assert_close(alone, ours[0], rtol=1e-12, atol=1e-12)
     expected = plain(hidden, weight, targets, bias if biased else None, **shape)[0]
@@ -99,9 +95,7 @@ def test_gradcheck(shape: dict[str, Any]) -> None:
     hidden, weight, targets, bias = inputs(n=4, d=3, v=6)
 
     def both(hidden: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
-        logprobs, entropies = linear_logprobs(
-            hidden, weight, targets, bias=bias, need_entropy=True, chunk=3, **shape
-        )
+        logprobs, entropies = linear_logprobs(hidden, weight, targets, bias=bias, need_entropy=True, chunk=3, **shape)
         assert entropies is not None
         return logprobs, entropies
 
@@ -174,9 +168,7 @@ def test_the_logit_matrix_never_exists() -> None:
     n, d, v, chunk = 400, 4, 300, 10
     hidden, weight, targets, bias = inputs(n, d, v, torch.float32)
     with LargestTensor() as seen:
-        logprobs, entropies = linear_logprobs(
-            hidden, weight, targets, bias=bias, need_entropy=True, chunk=chunk
-        )
+        logprobs, entropies = linear_logprobs(hidden, weight, targets, bias=bias, need_entropy=True, chunk=chunk)
         assert entropies is not None
         (logprobs + entropies).sum().backward()
     assert seen.largest == chunk * v

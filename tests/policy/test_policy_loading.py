@@ -46,9 +46,7 @@ def test_a_folder_that_is_no_causal_language_model(tmp_path: Path) -> None:
 
 def test_load_uses_the_config(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tiny_llama().save_pretrained(tmp_path)
-    policy = Policy.load(
-        config=ModelConfig(name=str(tmp_path), dtype="bfloat16", attention="eager"), device="cpu"
-    )
+    policy = Policy.load(config=ModelConfig(name=str(tmp_path), dtype="bfloat16", attention="eager"), device="cpu")
     assert policy.causal.dtype == torch.bfloat16
     assert policy.causal.config._attn_implementation == "eager"
     assert policy.tokenizer is None
@@ -255,9 +253,7 @@ def test_the_built_in_model_answers() -> None:
     assert policy.source is not None
     assert "Apache License 2.0" in (Path(policy.source) / "LICENCE.txt").read_text(encoding="utf-8")
     assert sum(p.numel() for _, p in policy.trainable_parameters()) == 134_515_008
-    prompt = policy.encode_prompt(
-        [{"role": "user", "content": "What is 3 + 4? Answer with just the number."}]
-    )
+    prompt = policy.encode_prompt([{"role": "user", "content": "What is 3 + 4? Answer with just the number."}])
     assert policy.tokenizer.decode(prompt) == (
         "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
         "<|im_start|>user\nWhat is 3 + 4? Answer with just the number.<|im_end|>\n<|im_start|>assistant\n"
@@ -266,12 +262,8 @@ def test_the_built_in_model_answers() -> None:
     assert policy.tokenizer.decode(output[0, len(prompt) :]) == "3 + 4 = 7<|im_end|>"
     assert policy.eos_ids == {2}
     assert policy.pad_id == 2
-    own = policy.encode_prompt(
-        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    )
-    assert policy.tokenizer.decode(own).startswith(
-        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi"
-    )
+    own = policy.encode_prompt([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}])
+    assert policy.tokenizer.decode(own).startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi")
     assert policy.tokenizer.decode(policy.encode_prompt("12 é\n don't")) == "12 é\n don't"
     assert policy.encode_prompt("1234").shape == (4,)  # a token for each digit
     with pytest.raises(ValueError, match="has no tokens"):

@@ -75,6 +75,17 @@ def test_later_updates_and_gradients_see_no_stale_casts_even_inside_an_open_auto
     assert torch.equal(changed.sampler_logprobs, fresh.sampler_logprobs)
 
 
+def test_an_open_autocast_region_is_left_without_casts() -> None:
+    model = tiny_llama()
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        generate(StandIn(model, ends=(), bf16=True), PROMPTS, SAMPLING, copies=1)
+        for p in model.parameters():
+            p.mul_(0.5)
+        after = model(PROMPTS[0][None]).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.no_grad():
+        assert torch.equal(model(PROMPTS[0][None]).logits, after)
+
+
 def test_bf16_logprobs_equal_the_same_autocast_forward() -> None:
     policy = StandIn(tiny_llama(), ends=(), bf16=True)
     out = generate(policy, PROMPTS, SAMPLING, copies=2)

@@ -143,9 +143,7 @@ def _save_tokenizer(meta: dict[str, Any], folder: Path) -> None:
     merges = [tuple(m.split(" ")) for m in meta["tokenizer.ggml.merges"]]
     backend = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
     digits = pre_tokenizers.Digits(individual_digits=True)
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [digits, pre_tokenizers.ByteLevel(add_prefix_space=False)]
-    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence([digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     backend.decoder = decoders.ByteLevel()
     control = 3  # GGUF's token type of special tokens
     kinds = meta["tokenizer.ggml.token_type"]

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,8 +54,6 @@ def build_once(target: Path, build: Callable[[Path], None]) -> Path:
 
 
 def _remove_stale(parent: Path, prefix: str, *, older_than: float = 86400.0) -> None:
-    import time
-
     for folder in parent.glob(f"{prefix}*"):
         try:
             age = time.time() - folder.stat().st_mtime

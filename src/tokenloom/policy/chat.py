@@ -21,9 +21,7 @@ def encode_prompt(tokenizer: Any, prompt: str | Sequence[Mapping[str, str]]) -> 
         ValueError: when there is no tokenizer or nothing remains to condition on.
     """
     if tokenizer is None:
-        raise ValueError(
-            "this policy has no tokenizer: give prompts as token ids, or load a model that has one"
-        )
+        raise ValueError("this policy has no tokenizer: give prompts as token ids, or load a model that has one")
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
     elif getattr(tokenizer, "chat_template", None):

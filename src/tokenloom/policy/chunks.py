@@ -11,9 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from tokenloom.signals import ChunkSignal
 
 
-def map_chunks(
-    function: Callable[..., list[Tensor]], inputs: Sequence[Tensor], chunk_rows: int
-) -> list[Tensor]:
+def map_chunks(function: Callable[..., list[Tensor]], inputs: Sequence[Tensor], chunk_rows: int) -> list[Tensor]:
     """Apply `function` to chunks of `chunk_rows` rows of all `inputs` and join each of its results.
 
     With gradients on, what `function` computes inside is not kept but recomputed in the backward.

@@ -16,9 +16,7 @@ class LoraSection(BaseModel):
     alpha: float | None = Field(
         default=None, gt=0, description="The update is scaled by alpha / rank; 2 * rank if unset."
     )
-    dropout: float = Field(
-        default=0.0, ge=0, lt=1, description="Dropout before the adapters; must be 0 (see below)."
-    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout before the adapters; must be 0 (see below).")
     target_modules: str | list[str] = Field(
         default="all-linear",
         description='"all-linear" (every linear layer but the head) or names of modules.',
@@ -69,30 +67,20 @@ class ModelConfig(BaseModel):
         default="float32",
         description="Format of the weights. float32 keeps small updates that bfloat16 rounds away.",
     )
-    autocast: Literal["none", "bf16"] = Field(
-        default="none", description="Format of the matrix products in the trunk."
-    )
+    autocast: Literal["none", "bf16"] = Field(default="none", description="Format of the matrix products in the trunk.")
     attention: Literal["auto", "sdpa", "eager"] = Field(
         default="auto",
-        description="Attention code. auto: eager on a CPU in bf16, sdpa elsewhere (eager where a model has none). "
-        "Choose sdpa on a CPU for sequences beyond about 1000 tokens: eager keeps [S, S] weights per head.",
+        description="Attention code; eager wherever a model has no sdpa. auto: eager on a CPU in bf16, else sdpa. "
+        "On a CPU, choose sdpa for sequences beyond about 1000 tokens: eager keeps [S, S] weights per head.",
     )
     gradient_checkpointing: bool = Field(
         default=False,
         description="Recompute activations in the backward: less memory, about a third more time.",
     )
-    lora: LoraSection | None = Field(
-        default=None, description="Train low-rank adapters instead of all weights."
-    )
-    value_head: ValueHeadSection | None = Field(
-        default=None, description="Add a critic; needed by GAE and PPO."
-    )
+    lora: LoraSection | None = Field(default=None, description="Train low-rank adapters instead of all weights.")
+    value_head: ValueHeadSection | None = Field(default=None, description="Add a critic; needed by GAE and PPO.")
     chunk_rows: int = Field(
         default=0, ge=0, description="Response tokens per head chunk; 0: chosen by device and vocabulary."
     )
-    token_budget: int = Field(
-        default=0, ge=0, description="Padded tokens per forward call; 0: chosen by device."
-    )
-    self_test: bool = Field(
-        default=True, description="Compare forward and head with the model's own code at load."
-    )
+    token_budget: int = Field(default=0, ge=0, description="Padded tokens per forward call; 0: chosen by device.")
+    self_test: bool = Field(default=True, description="Compare forward and head with the model's own code at load.")

@@ -51,9 +51,7 @@ class GgufFile:
             self._read_header(str(path))
         except struct.error as error:
             self.close()
-            raise ValueError(
-                f"{path} ends inside its header: the file is damaged, install it again"
-            ) from error
+            raise ValueError(f"{path} ends inside its header: the file is damaged, install it again") from error
         except ValueError:
             self.close()
             raise
@@ -84,9 +82,7 @@ class GgufFile:
             count *= extent
         raw = self._map[offset : offset + count // values * size]
         if len(raw) != count // values * size:
-            raise ValueError(
-                f"tensor {name!r} reaches beyond the end of the file: it is damaged, install it again"
-            )
+            raise ValueError(f"tensor {name!r} reaches beyond the end of the file: it is damaged, install it again")
         blocks = torch.frombuffer(bytearray(raw), dtype=torch.uint8).reshape(-1, size)
         return _dequantize(blocks, kind).reshape(shape)
 

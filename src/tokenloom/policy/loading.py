@@ -34,12 +34,8 @@ def resolve(name: str | Path) -> str:
                 hint = "; it holds a LoRA adapter only: save the merged model instead (`policy.save(folder)`)"
             raise ValueError(f"{text} is a folder without config.json, so not a Hugging Face model{hint}")
         return str(folder)
-    close = (
-        difflib.get_close_matches(text.lower(), BUILTIN_MODELS, n=1, cutoff=0.45) if "/" not in text else []
-    )
-    looks_local = (
-        isinstance(name, Path) or text.startswith((".", "~", "/")) or "\\" in text or text.count("/") > 1
-    )
+    close = difflib.get_close_matches(text.lower(), BUILTIN_MODELS, n=1, cutoff=0.45) if "/" not in text else []
+    looks_local = isinstance(name, Path) or text.startswith((".", "~", "/")) or "\\" in text or text.count("/") > 1
     # A bare name may be one of the Hub's oldest models (gpt2), unless it nearly is one of ours.
     if looks_local or close:
         hint = f"; did you mean {close[0]!r}?" if close else ""
@@ -78,9 +74,7 @@ def load_model(source: str, config: ModelConfig, device: torch.device) -> Any:
         raise ValueError(f"cannot load the model {source!r}: {_first_line(error)}") from error
     except ValueError as error:
         if attention != "sdpa" or "scaled_dot_product_attention" not in str(error):
-            raise ValueError(
-                f"cannot load {source!r} as a causal language model: {_first_line(error)}"
-            ) from error
+            raise ValueError(f"cannot load {source!r} as a causal language model: {_first_line(error)}") from error
         log.info("%s has no sdpa attention; using eager", source)
         model = AutoModelForCausalLM.from_pretrained(source, **options | {"attn_implementation": "eager"})
     return model.eval()

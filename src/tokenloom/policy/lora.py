@@ -27,6 +27,8 @@ def add_lora(model: Any, section: LoraSection, *, seed: int = 0) -> Any:
         lora_dropout=0.0,
         target_modules=section.target_modules,
         bias="none",
+        # GPT-2's projections keep their weights transposed.
+        fan_in_fan_out=any(type(m).__name__ == "Conv1D" for m in model.modules()),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

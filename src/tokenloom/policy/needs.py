@@ -25,9 +25,7 @@ class Needs:
             ValueError: naming the unknown signal, the known ones and the nearest.
         """
         if isinstance(needs, str):
-            raise ValueError(
-                f"needs must be a list of signal names, got the text {needs!r}; write [{needs!r}]"
-            )
+            raise ValueError(f"needs must be a list of signal names, got the text {needs!r}; write [{needs!r}]")
         known = [*SIGNAL_NAMES, *sorted(CHUNK_SIGNALS)]
         for name in needs:
             if name not in known:
@@ -36,8 +34,7 @@ class Needs:
                 raise ValueError(f"unknown signal {name!r}; known: {', '.join(known)}{hint}")
         if not has_values and {"values", "old_values"} & set(needs):
             raise ValueError(
-                "values are asked for but the model has no critic: "
-                "add an empty `value_head: {}` to the model section"
+                "values are asked for but the model has no critic: add an empty `value_head: {}` to the model section"
             )
         chunk_signals = tuple(CHUNK_SIGNALS[n] for n in dict.fromkeys(needs) if n in CHUNK_SIGNALS)
         return cls(frozenset(needs), chunk_signals)

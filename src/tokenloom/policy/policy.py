@@ -71,9 +71,7 @@ class Policy:
             self.value_head = ValueHead(size, detach=self.config.value_head.detach, device=self.device)
         if self.config.gradient_checkpointing:
             model = self.causal
-            enable = (
-                getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            )
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
             enable({"use_reentrant": False})
         budget = self.config.token_budget or (2048 if self.device.type == "cpu" else 16384)
         padded = partial(PaddedForward, self.device, token_budget=budget)
@@ -181,9 +179,7 @@ class Policy:
             ValueError: when the loss depends on no signal taken with `grad=True`.
         """
         if not loss.requires_grad:
-            raise ValueError(
-                "the loss carries no gradient: compute it from policy.signals(rollouts, needs, grad=True)"
-            )
+            raise ValueError("the loss carries no gradient: compute it from policy.signals(rollouts, needs, grad=True)")
         loss.backward()  # type: ignore[no-untyped-call]  # torch's method is not annotated
 
     def prepare(self, needs: Sequence[str]) -> None:
@@ -254,9 +250,7 @@ class Policy:
         with torch.no_grad():
             for name, parameter in own.items():
                 if parameter.shape != state[name].shape:
-                    raise ValueError(
-                        f"{name} has shape {tuple(state[name].shape)}, expected {tuple(parameter.shape)}"
-                    )
+                    raise ValueError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(parameter.shape)}")
                 parameter.copy_(state[name])
 
     def encode_prompt(self, prompt: str | Sequence[Mapping[str, str]]) -> Tensor:

@@ -30,9 +30,7 @@ def save_policy(
         else:
             model.get_base_model().save_pretrained(folder, state_dict=lora.merged_state(model))
     elif adapter_only:
-        raise ValueError(
-            "adapter_only needs a policy with LoRA; this one trains all weights: call save(folder)"
-        )
+        raise ValueError("adapter_only needs a policy with LoRA; this one trains all weights: call save(folder)")
     else:
         model.save_pretrained(folder)
     if tokenizer is not None:

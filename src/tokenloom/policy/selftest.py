@@ -77,9 +77,7 @@ def self_test(causal: nn.Module, head: LogprobHead) -> SelfTest:
     weight = next(causal.parameters())
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(vocabulary, (n,), generator=generator) for n in _LENGTHS]
-    together, again = (
-        run_trunk(trunk, _padded(rows, shift, vocabulary).to(weight.device)) for shift in (0, 1)
-    )
+    together, again = (run_trunk(trunk, _padded(rows, shift, vocabulary).to(weight.device)) for shift in (0, 1))
     forward_error = filler_error = head_error = head_tolerance = 0.0
     for i, row in enumerate(rows):
         tokens = row.to(weight.device)

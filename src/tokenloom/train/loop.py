@@ -337,11 +337,14 @@ class Session:
     """Opens what a run needs (folder, task, verifiers, policy) and closes it again.
 
     Raises:
-        ValueError: when the folder holds a run already and `resume` is not set, or its recipe differs.
+        ValueError: when the folder holds a run already and `resume` is not set, or its recipe differs and
+            `force` is not set. With `force` the run goes on under the new recipe, which replaces the old one.
     """
 
-    def __init__(self, recipe: Recipe, run: str | Path, observers: list[Observer], *, resume: bool = False) -> None:
-        self.recipe, self.observer, self.resume = recipe, Observers(observers), resume
+    def __init__(
+        self, recipe: Recipe, run: str | Path, observers: list[Observer], *, resume: bool = False, force: bool = False
+    ) -> None:
+        self.recipe, self.observer, self.resume, self.force = recipe, Observers(observers), resume, force
         self.path = Path(run)
 
     def __enter__(self) -> Self:
@@ -355,7 +358,7 @@ class Session:
         try:
             if self.resume:
                 changed = self.run.changed(self.recipe)
-                if changed:
+                if changed and not self.force:
                     shown = "; ".join(f"{k}: {old!r} -> {new!r}" for k, (old, new) in changed.items())
                     raise ValueError(f"the recipe differs from the one that {str(self.path)!r} was begun with: {shown}")
             torch.manual_seed(derive(self.recipe.train.seed, "global"))
@@ -371,6 +374,9 @@ class Session:
             self.trainer = Trainer(self.recipe, self.run, policy, task, self.verifier, self.observer)
             if self.resume:
                 step = self.trainer.restore()
+                if changed:
+                    # Only now: a recipe that the checkpoint does not fit must not replace the one that it does.
+                    self.run.begin(self.recipe)
                 self.observer.message(f"resuming after step {step}" if step else "resuming from the beginning")
         except BaseException:
             self.__exit__()

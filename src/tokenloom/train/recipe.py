@@ -35,7 +35,7 @@ class Recipe(BaseModel):
     model: ModelConfig = Field(default_factory=ModelConfig)
     task: TaskConfig
     algorithm: str | dict[str, Any] = Field(
-        "grpo", description="A preset's name, or a mapping with `preset`, its parameters, and stages to change."
+        ..., description="A preset's name, or a mapping with `preset`, its parameters, and stages to change."
     )
     rollout: RolloutConfig = Field(default_factory=lambda: RolloutConfig())
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())

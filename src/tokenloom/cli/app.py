@@ -1,0 +1,69 @@
+"""The commands and their help."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from tokenloom.cli.catalog import methods
+from tokenloom.cli.doctor import doctor
+from tokenloom.cli.evaluate import evaluate
+from tokenloom.cli.generate import generate
+from tokenloom.cli.recipes import recipes
+from tokenloom.cli.runs import compare, report
+from tokenloom.cli.train import train
+
+HELP = """Token-level methods for language models: train, measure, look.
+
+First steps:
+  tokenloom train quickstart            teach a small model one-digit sums
+  tokenloom train quickstart --dry-run  what that would take
+  tokenloom methods                     algorithms and their parts
+  tokenloom doctor                      what this machine can do
+
+Examples of each command: tokenloom COMMAND --help
+Exit codes: 0 done, 1 failed, 2 wrong command line or recipe, 130 Ctrl-C.
+"""
+
+app = typer.Typer(
+    help=HELP,
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for function, name in (
+    (train, "train"),
+    (evaluate, "eval"),
+    (compare, "compare"),
+    (report, "report"),
+    (generate, "generate"),
+    (methods, "methods"),
+    (recipes, "recipes"),
+    (doctor, "doctor"),
+):
+    app.command(name)(function)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        import tokenloom
+
+        typer.echo(f"tokenloom {tokenloom.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show where errors come from.")] = False,
+) -> None:
+    if debug:
+        os.environ["TOKENLOOM_DEBUG"] = "1"
+
+
+options.__doc__ = HELP
