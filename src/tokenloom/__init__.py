@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from tokenloom.algorithm import Algorithm
     from tokenloom.batch import Rollouts, Sampling
-    from tokenloom.catalog import get_part, get_preset, methods, part, parts, preset, presets
+    from tokenloom.catalog import get_part, get_preset, part, parts, preset, presets
     from tokenloom.composition import Bound, Term, bind
     from tokenloom.plan import Metrics, Plan, Update
     from tokenloom.schedule import Schedule
@@ -30,7 +30,6 @@ _HOMES = {
     "Sampling": "batch",
     "get_part": "catalog",
     "get_preset": "catalog",
-    "methods": "catalog",
     "part": "catalog",
     "parts": "catalog",
     "preset": "catalog",
@@ -48,7 +47,7 @@ _HOMES = {
 
 __all__ = [
     "Algorithm", "Bound", "Metrics", "Plan", "Rollouts", "Sampling", "Schedule", "Signals", "Term", "Update", "bind",
-    "chunk_signal", "get_part", "get_preset", "methods", "part", "parts", "preset", "presets",
+    "chunk_signal", "get_part", "get_preset", "part", "parts", "preset", "presets",
 ]  # fmt: skip
 
 

@@ -67,7 +67,9 @@ class Context:
     def get(self, name: str) -> Any:
         """The value of a name, derived if need be, None when absent."""
         if name not in self.values and name == "ratio" and "log_ratio" in self.values:
-            self.values["ratio"] = clamped_exp(self.values["log_ratio"], self.mask)
+            # Whoever asks first may stand under no_grad; a term that asks later still needs the gradient.
+            with torch.enable_grad():
+                self.values["ratio"] = clamped_exp(self.values["log_ratio"], self.mask)
         return self.values.get(name)
 
     def call(self, bound: Bound, state: Any = None) -> Any:

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tokenloom import Schedule, bind, part
+from tokenloom import Algorithm, Schedule, bind, part
 from tokenloom.context import Context
+from tokenloom.testing import random_batch
 
 NAN = float("nan")
 MASK = torch.tensor([[True, True, False], [True, False, False], [False, False, False]])
@@ -110,3 +111,18 @@ def test_a_multiplier_takes_the_parameters_of_its_part() -> None:
     assert ctx.multiplier(bind("test/factor")).tolist() == [[2] * 3] * 3  # type: ignore[union-attr]  # it has one
     assert ctx.multiplier(bind("test/factor", factor=5.0)).tolist() == [[5] * 3] * 3  # type: ignore[union-attr]
     assert ctx.multiplier(bind("grpo")) is None
+
+
+def test_a_term_that_reads_the_ratio_gets_its_gradient() -> None:
+    # The loss measures the ratio without gradient before its terms run.
+    @part("test-ratio", stage="term", scope="token", paper="none")
+    def just_the_ratio(ratio: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, ratio, 0.0)
+
+    rollouts, signals = random_batch(0)
+    algorithm = Algorithm.compose(advantage="grpo", surrogate="importance").override(terms=["test-ratio"])
+    got = algorithm.coefficients(rollouts, signals)["logprobs"]
+    plain = algorithm.override(terms=[]).coefficients(rollouts, signals)["logprobs"]
+    ratio = (signals.named()["logprobs"] - signals.named()["old_logprobs"]).exp()
+    expected = plain - torch.where(rollouts.mask, ratio, 0.0) / rollouts.mask.sum()
+    torch.testing.assert_close(got, expected)

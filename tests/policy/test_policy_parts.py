@@ -336,6 +336,26 @@ def test_a_model_that_padding_disturbs_gets_rows_of_equal_length(
     assert shapes == [(1, 17), (2, 9), (1, 4)]
 
 
+class GlancesAhead(LlamaModel):
+    """Adds a fraction of the last position that in bfloat16 could pass for rounding, were it not padding."""
+
+    def forward(self, *args: Any, **rest: Any) -> BaseModelOutputWithPast:
+        output = super().forward(*args, **rest)
+        output.last_hidden_state = output.last_hidden_state + 0.12 * output.last_hidden_state[:, -1:]
+        return output
+
+
+def test_a_leak_as_small_as_rounding_shows_when_the_padding_token_changes(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_llama().bfloat16()
+    model.model.__class__ = GlancesAhead
+    Policy(model, config=small())
+    (record,) = [r for r in caplog.records if "right padding changes" in r.getMessage()]
+    assert isinstance(record.args, tuple)
+    _, forward_error, forward_tolerance, filler_error, filler_tolerance = record.args
+    assert forward_error <= forward_tolerance  # type: ignore[operator]  # log arguments are untyped
+    assert filler_error > filler_tolerance  # type: ignore[operator]  # log arguments are untyped
+
+
 def test_a_good_model_warns_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
     for build in TINY.values():
         Policy(build(), config=small())

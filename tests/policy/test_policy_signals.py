@@ -267,13 +267,23 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("fused", [True, False])
 def test_logits_never_exist_for_the_batch(fused: bool) -> None:
     vocab, rows, length = 512, 8, 30
-    policy = Policy(tiny_llama(vocab=vocab), config=small(chunk_rows=8, token_budget=2000))
+    policy = Policy(tiny_llama(vocab=vocab), config=small(chunk_rows=8, token_budget=2000, share_prefixes=False))
     policy.head.fused = fused
     responses = torch.randint(3, vocab, (rows, length), generator=torch.Generator().manual_seed(0))
     rollouts = Rollouts.build([[3]] * rows, list(responses), [0] * rows)
+    kept: list[Tensor] = []
+
+    def keep(x: Tensor) -> Tensor:
+        kept.append(x)
+        return x
+
     with LargestTensor() as seen:
-        signals = policy.signals(rollouts, ["logprobs", "entropies"], grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            signals = policy.signals(rollouts, ["logprobs", "entropies"], grad=True)
         policy.backward(loss_of(signals.named()))
+    # Nor do all chunks' logits wait together for the backward.
+    assert kept
+    assert not [x.shape for x in kept if x.shape[-1:] == (vocab,) and x.numel() == 8 * vocab]
     assert seen.largest < rows * length * vocab / 8
     # The embedding matrix, and hidden states of the widest layer, are the largest things there are.
     assert seen.largest <= max(vocab * 16, rows * length * 32, 8 * vocab)

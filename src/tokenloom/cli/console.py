@@ -62,6 +62,14 @@ def visible(text: str) -> str:
     return "\n".join(printable(line, len(line)) for line in text.expandtabs(4).split("\n"))
 
 
+def count(number: float) -> str:
+    """A large number in at most four digits: 134.5 M."""
+    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if number >= size:
+            return f"{number / size:,.1f} {unit}"
+    return f"{number:,.0f}"
+
+
 def program() -> str:
     """How this program was called, in a form that works again when pasted."""
     called = Path(sys.argv[0] or "tokenloom")
@@ -76,7 +84,7 @@ def program() -> str:
         return str(called)
 
 
-def quiet_libraries(out: Console) -> None:
+def quiet_libraries(out: Console, *, warnings_only: bool = False) -> None:
     """Silence progress bars and advice of libraries; keep Tokenloom's own log lines, dim, on `out`."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -85,11 +93,12 @@ def quiet_libraries(out: Console) -> None:
     from transformers.utils import logging as advice
 
     advice.disable_progress_bar()  # type: ignore[no-untyped-call]  # not annotated there
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     logger = logging.getLogger("tokenloom")
     for old in [h for h in logger.handlers if isinstance(h, LogLines)]:
         logger.removeHandler(old)
     logger.addHandler(LogLines(out))
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.WARNING if warnings_only else logging.INFO)
 
 
 class LogLines(logging.Handler):

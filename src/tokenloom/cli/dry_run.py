@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from tokenloom.cli.clock import clock
-from tokenloom.cli.console import pairs, table
+from tokenloom.cli.console import count, pairs, table
 from tokenloom.cli.header import print_plan
 
 if TYPE_CHECKING:
@@ -54,12 +54,12 @@ def print_dry_run(recipe: Recipe, out: Console) -> None:
 
 def _sizes(recipe: Recipe, task: Task | None, found: Estimate) -> list[tuple[str, str | Text]]:
     shape = found.shape
-    kind = "" if shape.trained == shape.weights else f", {shape.trained / 1e6:,.1f} M trained"
+    kind = "" if shape.trained == shape.weights else f", {count(shape.trained)} trained"
     rows: list[tuple[str, str | Text]] = [
-        ("parameters", f"{shape.weights / 1e6:,.1f} M{kind}; {shape.layers} layers, width {shape.hidden}"),
+        ("parameters", f"{count(shape.weights)}{kind}; {shape.layers} layers, width {shape.hidden}"),
         ("problems", "known only when the task is loaded" if task is None else task.report),
         ("samples", f"{found.responses:,} responses in {recipe.train.steps} steps, at most {found.tokens:,} tokens"),
-        ("updates", f"{found.micro_batches} micro-batches a step"),
+        ("updates", f"{found.updates} a step, {found.micro_batches} micro-batches in all"),
         ("signals", ", ".join(found.needs)),
     ]
     return rows

@@ -85,6 +85,7 @@ def _ks(text: str, samples: int) -> list[int]:
 
 
 def _recipe(model: str, recipe: str | None, task: list[str]) -> Recipe:
+    from tokenloom.catalog import presets
     from tokenloom.train.recipe import build_recipe, load_recipe
 
     for text in task:
@@ -98,7 +99,8 @@ def _recipe(model: str, recipe: str | None, task: list[str]) -> Recipe:
         raise UsageError(
             f"which task? {model} is not a run, so name a recipe (--recipe quickstart) or a source (--task source=...)"
         )
-    return build_recipe({"task": _task(task)}, "--task")
+    # Evaluating takes no algorithm, but a recipe does: any will do.
+    return build_recipe({"task": _task(task), "algorithm": min(presets())}, "--task")
 
 
 def _task(pairs: list[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,8 +19,9 @@ from tokenloom.cli.guard import UsageError, guarded
 from tokenloom.cli.models import model_source
 
 if TYPE_CHECKING:
-    from tokenloom.batch import Rollouts
+    from tokenloom.batch import Rollouts, Sampling
 
+DEFAULT_TOKENS = 128
 Prompt = str | list[dict[str, str]]
 
 
@@ -31,7 +33,7 @@ def generate(
         Path | None,
         typer.Option("--prompts", help="Prompts from a .jsonl file (prompt or messages) or a .txt file, one a line."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 128,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response, in tokens; default 128.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most probable token.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0001, max=1, help="Sample from the fewest tokens with so much.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Sample from the k most probable tokens; 0: from all.")] = 0,
@@ -57,7 +59,7 @@ def generate(
     from tokenloom.rollout.sampler import check_sampling
 
     given = _prompts(prompt, prompts)
-    sampling = Sampling(temperature, top_k, top_p, max_tokens, tuple(stop or ()), seed)
+    sampling = Sampling(temperature, top_k, top_p, max_tokens or DEFAULT_TOKENS, tuple(stop or ()), seed)
     check_sampling(sampling)
     if raw and (system or any(not isinstance(p, str) for p in given)):
         raise UsageError("--raw continues plain text; it goes with neither --system nor chat messages")
@@ -66,7 +68,7 @@ def generate(
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"there is no folder {out.parent} to write {out.name} into")
     quiet_libraries(notes)
-    rollouts, texts, seconds = _sample(source, given, sampling, n, system, raw, notes)
+    rollouts, texts, seconds = _sample(source, given, sampling, n, system, raw, notes, max_tokens is None)
     lines = list(_lines(given, rollouts, texts))
     if out is not None:
         out.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), encoding="utf-8", newline="\n")
@@ -79,14 +81,21 @@ def generate(
 
 
 def _sample(
-    source: str, given: list[Prompt], sampling: Any, n: int, system: str | None, raw: bool, notes: Console
-) -> tuple[Rollouts, list[str], float]:
+    source: str, given: list[Prompt], sampling: Sampling, n: int, system: str | None, raw: bool, notes: Console,
+    shorten: bool,
+) -> tuple[Rollouts, list[str], float]:  # fmt: skip
     from tokenloom.cli.stage import stage_progress
     from tokenloom.policy import Policy
     from tokenloom.rollout import generate as sample
+    from tokenloom.rollout.engine import model_positions
 
     policy = Policy.load(source)
     ids = [policy.encode_prompt(p if raw else _chat(p, system)) for p in given]
+    positions = model_positions(policy)
+    if shorten and positions is not None:
+        # Nobody asked for the default length, so it gives way to a small model's limit.
+        room = max(positions - max(len(i) for i in ids), 1)
+        sampling = replace(sampling, max_tokens=min(sampling.max_tokens, room))
     started = time.monotonic()
     with stage_progress(notes, "generating", show=interactive(notes)) as report:
         rollouts = sample(policy, ids, sampling, copies=n, progress=report, max_rows=64)

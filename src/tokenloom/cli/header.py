@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from tokenloom.cli.console import pairs
+from tokenloom.cli.console import count, pairs
 
 if TYPE_CHECKING:
     from tokenloom.train.recipe import Recipe
@@ -76,7 +76,8 @@ def print_model(policy: Any, out: Console) -> None:
     """Print how large the loaded model is and where it lies."""
     total = sum(p.numel() for p in policy.model.parameters())
     trained = sum(p.numel() for _, p in policy.trainable_parameters())
-    out.print(f"{total / 1e6:,.1f} M parameters, {trained / 1e6:,.1f} M of them trained, on {policy.device}", style="dim")
+    part = "all" if trained == total else count(trained)
+    out.print(f"{count(total)} parameters, {part} of them trained, on {policy.device}", style="dim")
 
 
 def _part(line: str) -> tuple[str, str | Text]:

@@ -37,15 +37,17 @@ class Lines:
     def __init__(self, recipe: Recipe, out: Console, *, quiet: bool = False) -> None:
         self.recipe, self.out, self.quiet = recipe, out, quiet
         self.left = TimeLeft(recipe.train)
-        self.evaluated = False
+        self.evaluating = False
 
     def message(self, text: str) -> None:
         """Print what is being done."""
-        self.left.mark()
         self._print(Text(text, style="dim"))
 
     def progress(self, stage: str, done: int, total: int, tokens: int) -> None:
-        """Nothing: a log has no place for what is soon out of date."""
+        """Only keep time: a log has no place for what is soon out of date."""
+        if stage == "evaluate" and not self.evaluating:
+            self.evaluating = True
+            self.left.mark()
 
     def step(self, record: dict[str, Any], timing: dict[str, Any], total_steps: int) -> None:
         """Print the step's numbers."""
@@ -55,8 +57,8 @@ class Lines:
     def evaluation(self, record: dict[str, Any]) -> None:
         """Print the held-out accuracies."""
         self.left.evaluation(record["step"], int(record.get("samples", 0)))
+        self.evaluating = False
         self._print(evaluation_line(record))
-        self.evaluated = True
 
     def close(self) -> None:
         """Nothing is held."""
@@ -89,6 +91,7 @@ class LiveLines(Lines):
 
     def progress(self, stage: str, done: int, total: int, tokens: int) -> None:
         """Show how far the stage is."""
+        super().progress(stage, done, total, tokens)
         self._enter(stage, done, total, tokens)
 
     def step(self, record: dict[str, Any], timing: dict[str, Any], total_steps: int) -> None:
@@ -168,7 +171,7 @@ def step_line(record: dict[str, Any], timing: dict[str, Any], total: int, tail: 
     text = Text(f"step {record['step']:>{len(str(total))}}/{total}")
     shown = (
         ("reward", _number(record.get("reward"), "{:.3f}")),
-        ("right", _number(record.get("accuracy"), "{:4.0%}")),
+        ("accuracy", _number(record.get("accuracy"), "{:.0%}")),
         ("entropy", _number(record.get("entropy"), "{:.2f}")),
         ("length", _number(record.get("response_length"), "{:.1f}")),
         ("", _number(timing.get("tokens_per_second"), "{:,.0f} tok/s")),

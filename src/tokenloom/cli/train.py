@@ -139,7 +139,7 @@ def _run(recipe: Recipe, run: Path, screen: Console, *, resume: bool, force: boo
     from tokenloom.cli.outcome import print_outcome
     from tokenloom.cli.progress import progress_observer
 
-    quiet_libraries(screen)
+    quiet_libraries(screen, warnings_only=quiet)
     from tokenloom.train.loop import Session
 
     observer = progress_observer(recipe, screen, quiet=quiet)

@@ -83,4 +83,7 @@ class ModelConfig(BaseModel):
         default=0, ge=0, description="Response tokens per head chunk; 0: chosen by device and vocabulary."
     )
     token_budget: int = Field(default=0, ge=0, description="Padded tokens per forward call; 0: chosen by device.")
+    share_prefixes: bool = Field(
+        default=True, description="Compute what responses to one prompt share once; off where the self-test objects."
+    )
     self_test: bool = Field(default=True, description="Compare forward and head with the model's own code at load.")

@@ -37,6 +37,15 @@ def predicting_positions(prompt_lengths: Tensor, mask: Tensor) -> tuple[Tensor, 
     return rows, columns, positions
 
 
+def needed_lengths(count: int, rows: Tensor, positions: Tensor) -> Tensor:
+    """How many tokens of each of `count` rows must be fed, [count] int64; 0 for a row without a sampled token.
+
+    A row is fed up to its last predicting state: the last token itself predicts nothing asked for.
+    """
+    needed = torch.zeros(count, dtype=torch.int64)
+    return needed.scatter_reduce_(0, rows, positions + 1, "amax")
+
+
 class PaddedForward:
     """Rows sorted by length, at most `token_budget` padded tokens a call (a longer row goes alone).
 
@@ -51,9 +60,7 @@ class PaddedForward:
         mask = rollouts.mask.cpu()
         prompts = torch.tensor([len(p) for p in rollouts.prompt_tokens], dtype=torch.int64)
         rows, columns, positions = predicting_positions(prompts, mask)
-        # A row is fed up to its last predicting state: the last token itself predicts nothing asked for.
-        needed = torch.zeros(len(rollouts), dtype=torch.int64)
-        needed.scatter_reduce_(0, rows, positions + 1, "amax")
+        needed = needed_lengths(len(rollouts), rows, positions)
         for batch in self._batches(needed):
             width = int(needed[batch].max())
             hidden = trunk(self._tokens(rollouts, batch, width).to(self.device))
@@ -63,6 +70,14 @@ class PaddedForward:
             at = (place[rows[here]] * width + positions[here]).to(self.device)
             flat = hidden.reshape(-1, hidden.shape[-1])
             yield Gathered(flat[at], rows[here].to(self.device), columns[here].to(self.device))
+
+    def split(self, rollouts: Rollouts, token_budget: int) -> list[Tensor]:
+        """Rows of micro-batches by falling length, `token_budget` padded tokens each; see `Forward.split`."""
+        prompts = torch.tensor([len(p) for p in rollouts.prompt_tokens], dtype=torch.int64)
+        rows, _, positions = predicting_positions(prompts, rollouts.mask.cpu())
+        return PaddedForward(self.device, token_budget=token_budget)._batches(
+            needed_lengths(len(rollouts), rows, positions)
+        )
 
     def _batches(self, needed: Tensor) -> list[Tensor]:
         order = torch.argsort(needed, stable=True, descending=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -40,8 +40,18 @@ class Forward(Protocol):
         """Every sampled token (`rollouts.mask`) of the batch exactly once, in as many parts as fit."""
         ...
 
+    def split(self, rollouts: Rollouts, token_budget: int) -> list[Tensor]:
+        """Rows [n_i] int64 of micro-batches that cost at most about `token_budget` computed tokens each.
+
+        Rows without a sampled token are left out; every other row is in exactly one part.
+        """
+        ...
+
 
 class Trunk(Protocol):
-    """Last hidden states [B, S, D] of token rows [B, S], each row starting at position 0."""
+    """Last hidden states [B, S, D] of token rows [B, S].
 
-    def __call__(self, tokens: Tensor) -> Tensor: ...
+    Without `mask` and `positions` attention is causal and each row starts at position 0.
+    """
+
+    def __call__(self, tokens: Tensor, *, mask: Any = None, positions: Tensor | None = None) -> Tensor: ...

@@ -29,9 +29,10 @@ def trunk_of(causal: nn.Module) -> nn.Module:
     return trunk
 
 
-def run_trunk(trunk: nn.Module, tokens: Tensor) -> Tensor:
-    """Last hidden states [B, S, D] for `tokens` [B, S]; no mask, and every row starts at position 0."""
-    output = trunk(input_ids=tokens, use_cache=False, return_dict=True)
+def run_trunk(trunk: nn.Module, tokens: Tensor, *, mask: Any = None, positions: Tensor | None = None) -> Tensor:
+    """Last hidden states [B, S, D] for `tokens` [B, S]; see `interface.Trunk`."""
+    given = {k: v for k, v in (("attention_mask", mask), ("position_ids", positions)) if v is not None}
+    output = trunk(input_ids=tokens, use_cache=False, return_dict=True, **given)
     return cast(Tensor, output[0])
 
 

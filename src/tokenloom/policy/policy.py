@@ -27,6 +27,7 @@ from tokenloom.policy.reference import Reference
 from tokenloom.policy.saving import VALUE_HEAD_FILE, save_policy
 from tokenloom.policy.scatter import Scatter
 from tokenloom.policy.selftest import self_test
+from tokenloom.policy.tree_forward import MaskKinds, TreeForward
 from tokenloom.policy.value_head import ValueHead
 from tokenloom.signals import Signals
 
@@ -76,11 +77,18 @@ class Policy:
         budget = self.config.token_budget or (2048 if self.device.type == "cpu" else 16384)
         padded = partial(PaddedForward, self.device, token_budget=budget)
         self.forward: Forward = padded()
+        kinds = MaskKinds.from_config(self.causal.config)
+        sharing = self.config.share_prefixes
         if self.config.self_test:
-            result = self_test(self.causal, self.head)
+            result = self_test(self.causal, self.head, kinds)
             result.warn(type(self.causal).__name__)
             self.forward = padded(exact=not result.forward_agrees)
             self.head.fused &= result.head_agrees
+            sharing &= result.tree_agrees and result.forward_agrees
+        if sharing:
+            weights = next(self.causal.parameters()).dtype
+            dtype = torch.bfloat16 if self.config.autocast == "bf16" else weights
+            self.forward = TreeForward(self.device, kinds, token_budget=budget, dtype=dtype)
         self.reference = Reference(self.model, self.head, self._read_again if source is not None else None)
 
     @classmethod
@@ -171,6 +179,12 @@ class Policy:
             )
             for name, values in results.items():
                 scatter.put(name, part, values)
+
+    def micro_batches(self, rollouts: Rollouts, token_budget: int) -> list[Tensor]:
+        """Rows [n_i] of micro-batches of at most about `token_budget` computed tokens; rows that share a prefix stay
+        together, and rows without a sampled token are left out.
+        """
+        return self.forward.split(rollouts, token_budget)
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradient of a scalar `loss` to `.grad` of the trainable parameters.

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from tokenloom.policy.head import LogprobHead
 from tokenloom.policy.own_logits import run_trunk, trunk_of
+from tokenloom.policy.tree import build_tree, shared_lengths, sorted_rows
+from tokenloom.policy.tree_forward import MaskKinds
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +35,12 @@ class SelfTest:
     filler_tolerance: float
     head_error: float
     head_tolerance: float
+    tree_error: float
+
+    @property
+    def tree_agrees(self) -> bool:
+        """Sharing prefixes changes nothing beyond rounding."""
+        return self.tree_error <= self.forward_tolerance
 
     @property
     def forward_agrees(self) -> bool:
@@ -46,6 +54,14 @@ class SelfTest:
 
     def warn(self, name: str) -> None:
         """Say once what disagreed for the model class `name`, and what happens instead."""
+        if not self.tree_agrees:
+            log.warning(
+                "%s: computing shared prefixes once changes the hidden states by %.1e (rounding explains %.1e); "
+                "every row now brings its own prefix, which is slower",
+                name,
+                self.tree_error,
+                self.forward_tolerance,
+            )
         if not self.forward_agrees:
             log.warning(
                 "%s: right padding changes the hidden states: by %.1e (rounding explains %.1e), and by %.1e "
@@ -68,7 +84,7 @@ class SelfTest:
 
 
 @torch.no_grad()
-def self_test(causal: nn.Module, head: LogprobHead) -> SelfTest:
+def self_test(causal: nn.Module, head: LogprobHead, kinds: MaskKinds) -> SelfTest:
     """Compare on three rows of 3 to 12 fixed tokens. NaN counts as disagreement."""
     model: Any = causal
     config = model.config.get_text_config()
@@ -92,7 +108,9 @@ def self_test(causal: nn.Module, head: LogprobHead) -> SelfTest:
             ours, _ = head(alone, targets)
             head_error = _worst(head_error, (ours - own.gather(-1, targets[:, None])[:, 0]).double())
         head_tolerance = max(head_tolerance, _head_tolerance(head, alone, logits))
+    tree_error = _tree_error(trunk, kinds, rows[-1].to(weight.device), weight.dtype)
     return SelfTest(
+        tree_error=tree_error,
         forward_error=forward_error,
         forward_tolerance=_forward_tolerance(weight.dtype, layers),
         filler_error=filler_error,
@@ -101,6 +119,29 @@ def self_test(causal: nn.Module, head: LogprobHead) -> SelfTest:
         head_error=head_error,
         head_tolerance=head_tolerance,
     )
+
+
+def _tree_error(trunk: nn.Module, kinds: MaskKinds, row: Tensor, dtype: torch.dtype) -> float:
+    """Relative error of hidden states when the row, its half, and a row that leaves it midway share a tree."""
+    middle = len(row) // 2
+    rows = [row[:middle], row, torch.cat([row[:middle], row[:middle].flip(0)])]
+    order = sorted_rows([r.tolist() for r in rows])
+    chosen = [rows[i].cpu() for i in order]
+    tree = build_tree(order, chosen, shared_lengths(chosen))
+    try:
+        mask = kinds.build([tree], len(tree), dtype, row.device)
+        positions = tree.depth[None].to(row.device)
+        together = run_trunk(trunk, tree.tokens[None].to(row.device), mask=mask, positions=positions)[0]
+    except (TypeError, ValueError, RuntimeError, KeyError) as error:
+        # A model without positions or with an attention of its own may refuse the arguments altogether.
+        log.info("sharing prefixes: the model refuses a 4D mask (%s)", error)
+        return float("inf")
+    worst = 0.0
+    for i, tokens in enumerate(rows):
+        alone = run_trunk(trunk, tokens[None])[0]
+        shared = together[tree.nodes[i].to(row.device)]
+        worst = _worst(worst, (shared - alone).double().norm(dim=-1) / alone.double().norm(dim=-1))
+    return worst
 
 
 def _padded(rows: list[Tensor], shift: int, vocabulary: int) -> Tensor:

@@ -3,7 +3,7 @@
 A checkpoint is a folder `checkpoints/step-000010` that appears by one rename, after everything in it was
 flushed to disk: trainable weights, optimizer, algorithm state, random states, data position, and the
 sizes of the run's .jsonl files. `manifest.json` lists the files with their sizes; a folder that does not match
-its manifest is passed over with a warning.
+its manifest is passed over with a warning. What a kill leaves behind starts with a dot and goes with the next save.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"step-(\d{6,})")
+_WRITING, _REMOVING = ".writing-", ".removing-"
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Write a checkpoint under `folder` and remove all but the `keep` newest; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = folder / f"step-{checkpoint.step:06d}"
-    temporary = folder / f".writing-{target.name}"
-    for left in (temporary, target):
+    for left in [*folder.glob(f"{_WRITING}*"), *folder.glob(f"{_REMOVING}*")]:
         shutil.rmtree(left, ignore_errors=True)
+    target = folder / f"step-{checkpoint.step:06d}"
+    temporary = folder / f"{_WRITING}{target.name}"
     temporary.mkdir()
     save_file({k: v.detach().contiguous() for k, v in checkpoint.weights.items()}, temporary / "weights.safetensors")
     save_file(checkpoint.optimizer, temporary / "optimizer.safetensors")
@@ -57,13 +58,16 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     (temporary / "progress.json").write_text(json.dumps(progress), encoding="utf-8")
     manifest = {f.name: f.stat().st_size for f in sorted(temporary.iterdir())}
     (temporary / "manifest.json").write_text(json.dumps(manifest), encoding="utf-8")
-    for file in temporary.iterdir():
-        _flush(file)
-    _flush(temporary)
+    flush(temporary)
+    if target.exists():
+        _remove(target)
     os.rename(temporary, target)
     _flush(folder)
-    for old in steps(folder)[:-keep]:
-        _remove(folder / f"step-{old:06d}")
+    # A damaged checkpoint, or one of later steps that were undone, must not push a whole one out.
+    found = {step: folder / f"step-{step:06d}" for step in steps(folder)}
+    whole = [step for step, path in found.items() if step <= checkpoint.step and not damage(path)]
+    for step in found.keys() - set(whole[-keep:]):
+        _remove(found[step])
     return target
 
 
@@ -105,21 +109,28 @@ def damage(path: Path) -> str:
 
 
 def pack(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split a nested state into tensors by dotted path and JSON data.
+    """Split a nested state into named tensors and JSON data.
 
     Raises:
-        ValueError: for values that are neither tensors, numbers, text, None, nor mappings of those.
+        ValueError: for values that are neither tensors, numbers, text, None, nor lists, tuples or mappings (with
+            keys of text) of those.
     """
     tensors: dict[str, Tensor] = {}
 
     def walk(value: Any, path: str) -> Any:
         if isinstance(value, Tensor):
-            tensors[path] = value.detach().contiguous()
-            return {"tensor": path}
+            # Numbered, because keys may hold dots; cloned, because safetensors refuses shared memory.
+            name = f"{len(tensors)}:{path}"
+            tensors[name] = value.detach().clone(memory_format=torch.contiguous_format)
+            return {"tensor": name}
         if isinstance(value, Mapping):
+            wrong = [k for k in value if not isinstance(k, str)]
+            if wrong:
+                raise ValueError(f"state {path!r} has the key {wrong[0]!r}; keys must be text to be saved")
             return {"mapping": {k: walk(v, f"{path}.{k}") for k, v in value.items()}}
         if isinstance(value, list | tuple):
-            return {"list": [walk(v, f"{path}.{i}") for i, v in enumerate(value)]}
+            kind = "list" if isinstance(value, list) else "tuple"
+            return {kind: [walk(v, f"{path}.{i}") for i, v in enumerate(value)]}
         if value is None or isinstance(value, bool | int | float | str):
             return {"value": value}
         raise ValueError(f"state {path!r} is a {type(value).__name__}, which cannot be saved; use tensors and numbers")
@@ -136,7 +147,10 @@ def unpack(tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> dict[str,
             return tensors[value]
         if kind == "mapping":
             return {k: build(v) for k, v in value.items()}
-        return [build(v) for v in value] if kind == "list" else value
+        if kind == "value":
+            return value
+        members = [build(v) for v in value]
+        return tuple(members) if kind == "tuple" else members
 
     return {k: build(v) for k, v in plain.items()}
 
@@ -153,6 +167,13 @@ def random_states() -> dict[str, Any]:
     if torch.cuda.is_available():
         states["cuda"] = [_encode(s) for s in torch.cuda.get_rng_state_all()]
     return states
+
+
+def seed_random_states(seed: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's global generators, which users' own parts and verifiers may draw from."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def set_random_states(states: Mapping[str, Any]) -> None:
@@ -174,6 +195,12 @@ def _decode(text: str) -> Tensor:
     return torch.tensor(list(base64.b64decode(text)), dtype=torch.uint8)
 
 
+def flush(folder: Path) -> None:
+    """Make the files of a folder, and the folder itself, outlive a power failure."""
+    for path in [*folder.iterdir(), folder]:
+        _flush(path)
+
+
 def _flush(path: Path) -> None:
     # Windows cannot open folders; there the rename itself is what can be had.
     if path.is_dir() and os.name == "nt":
@@ -187,7 +214,7 @@ def _flush(path: Path) -> None:
 
 def _remove(path: Path) -> None:
     # Renamed first, so that a kill inside the removal leaves nothing that looks like a checkpoint.
-    doomed = path.with_name(f".removing-{path.name}")
+    doomed = path.with_name(f"{_REMOVING}{path.name}")
     shutil.rmtree(doomed, ignore_errors=True)
     os.rename(path, doomed)
     shutil.rmtree(doomed, ignore_errors=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,8 +43,13 @@ class Collector:
     def __init__(self, recipe: Recipe, responder: Responder, stream: PromptStream) -> None:
         self.recipe, self.responder, self.stream = recipe, responder, stream
 
-    def collect(self, algorithm: Algorithm, step: int, report: Report | None = None) -> Collected:
-        """The rollouts of a step, rows prompt by prompt, at most `prompts_per_step` groups."""
+    def collect(
+        self, algorithm: Algorithm, step: int, state: Mapping[str, Any] | None = None, report: Report | None = None
+    ) -> Collected:
+        """The rollouts of a step, rows prompt by prompt, at most `prompts_per_step` groups.
+
+        `state` is that of the algorithm's parts; a part that decides what is kept reads it.
+        """
         recipe, total = self.recipe, self.recipe.train.steps
         wanted = recipe.rollout.prompts_per_step
         limit = recipe.train.max_sampling_rounds if algorithm.refill else 1
@@ -53,7 +60,7 @@ class Collector:
         while groups < wanted and len(rounds) < limit:
             items = self.stream.draw(wanted, step / total)
             responses = self._round(algorithm, items, step, len(rounds), report)
-            keep = algorithm.keep(responses.rollouts, step=step, total_steps=total)
+            keep = algorithm.keep(responses.rollouts, state, step=step, total_steps=total)
             chosen = torch.unique(responses.rollouts.group_ids[keep])[: wanted - groups]
             rows = torch.isin(responses.rollouts.group_ids, chosen).nonzero().reshape(-1)
             kept.append((len(rounds), rows))

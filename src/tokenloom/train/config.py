@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Tracker = Literal["tensorboard", "trackio", "wandb"]
 
 
@@ -28,7 +29,7 @@ class EvalConfig(BaseModel):
     problems: int | None = Field(None, ge=1, description="Held-out problems to use; unset: all.")
     samples: int = Field(4, ge=0, description="Responses sampled for each problem; 0: greedy only.")
     final_samples: int | None = Field(None, ge=0, description="As `samples`, before and after; unset: the same.")
-    temperature: float = Field(1.0, gt=0, description="Temperature of the sampled responses.")
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="Temperature of the sampled responses.")
 
 
 class TrainConfig(BaseModel):
@@ -38,16 +39,18 @@ class TrainConfig(BaseModel):
 
     steps: int = Field(50, ge=1, description="Training steps: each samples a batch and updates on it.")
     seed: int = Field(0, ge=0, description="Decides prompts, responses and initial adapters.")
-    learning_rate: float = Field(1e-5, gt=0, description="Peak learning rate of AdamW.")
+    learning_rate: float = Field(1e-5, gt=0, allow_inf_nan=False, description="Peak learning rate of AdamW.")
     schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="After the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps over which the rate rises linearly from 0.")
     final_fraction: float = Field(0.0, ge=0, le=1, description="Rate at the last step over the peak, if decaying.")
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's decay of first and second moments.")
-    adam_eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay.")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the gradient to this norm; null: never.")
+    betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decay of first and second moments.")
+    adam_eps: float = Field(1e-8, gt=0, allow_inf_nan=False, description="AdamW's epsilon.")
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="AdamW's decoupled weight decay.")
+    max_grad_norm: float | None = Field(
+        1.0, gt=0, allow_inf_nan=False, description="Clip the gradient to this norm; null: never."
+    )
     micro_batch_tokens: int = Field(
-        8192, ge=1, description="Prompt and response tokens, padding included, that go through the model at once."
+        2048, ge=1, description="Prompt and response tokens that go through the model at once, shared prefixes once."
     )
     max_sampling_rounds: int = Field(
         4, ge=1, description="Times a step may sample anew when the algorithm drops groups (dynamic sampling)."

@@ -15,9 +15,14 @@ class PromptStream:
 
     `position` is all there is to save. With a curriculum the open items change with progress; an epoch then
     runs over what is open when it starts.
+
+    Raises:
+        ValueError: for a task without training items.
     """
 
     def __init__(self, task: Task, seed: int) -> None:
+        if not task.train:
+            raise ValueError(f"task {task.name!r} has no training problems; lower task.heldout or raise task.size")
         self.task, self.seed = task, seed
         self.epoch, self.offset, self.opened = 0, 0, 0
         self._order: list[Item] = []
@@ -47,6 +52,14 @@ class PromptStream:
             # Sources open in order, so the first `opened` training items by stage are the open ones.
             flat = [item for stage in self.task.stages for item in stage]
             self._start(flat[: self.opened])
+
+    @property
+    def fingerprint(self) -> str:
+        """Names the training items and their order: a position means nothing among others."""
+        digest = hashlib.sha256()
+        for item in self.task.train:
+            digest.update(f"{item.key}\n".encode())
+        return digest.hexdigest()
 
     def _start(self, items: Sequence[Item]) -> None:
         generator = torch.Generator().manual_seed(derive(self.seed, "prompts", self.epoch))

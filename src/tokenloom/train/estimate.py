@@ -60,6 +60,7 @@ class Estimate:
     prompt_tokens: int
     responses: int
     tokens: int
+    updates: int
     micro_batches: int
     needs: list[str]
     assumptions: list[str] = field(default_factory=list)
@@ -103,6 +104,7 @@ def estimate(recipe: Recipe, task: Task | None = None) -> Estimate:
         prompt_tokens=prompt,
         responses=rows * train.steps,
         tokens=rows * train.steps * rollout.max_tokens,
+        updates=parts * epochs,
         micro_batches=micro_batches,
         needs=needs,
         assumptions=[

@@ -8,6 +8,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,32 +72,42 @@ class Trainer:
         self.done = 0
         self.bad_steps = 0
         self.best: list[float] = []
+        self.stopped = False
         self.before: Evaluation | None = None
+        self.after: Evaluation | None = None
         policy.prepare(sorted(self.algorithm.needs | self.algorithm.loss_needs))
 
     # -- the run ------------------------------------------------------------------------------------
 
     def train(self) -> Outcome:
-        """Run to the last step (or an early stop), evaluating and saving on the way."""
+        """Run to the last step (or an early stop), evaluating and saving on the way.
+
+        What `restore` found done is not done again: of a finished run nothing changes.
+
+        Raises:
+            TrainingDiverged: when three steps in a row had no finite loss or gradient, or weights are not finite.
+        """
         config = self.recipe.train
-        stopped = False
         if self.done == 0:
             self.before = self._evaluate(0, config.eval.final_samples)
             self._samples(self.before, 0)
-        while self.done < config.steps and not stopped:
+        while self.done < config.steps and not self.stopped:
             self.step(self.done)
             self.done += 1
+            self.after = None
             last = self.done == config.steps
             if config.eval.every and self.done % config.eval.every == 0 and not last:
-                stopped = self._enough(self._evaluate(self.done, config.eval.samples))
-            if config.checkpoint_every and self.done % config.checkpoint_every == 0 and not (last or stopped):
+                self.stopped = self._enough(self._evaluate(self.done, config.eval.samples))
+            if config.checkpoint_every and self.done % config.checkpoint_every == 0 and not (last or self.stopped):
                 self.save_checkpoint()
-        after = self._evaluate(self.done, config.eval.final_samples)
-        self._samples(after, self.done)
-        self.save_checkpoint()
-        self.save_model()
-        self.run.finish({"steps": self.done, "stopped_early": stopped})
-        return Outcome(self.run.path, self.done, self.before, after, stopped)
+        if self.after is None:
+            self.after = self._evaluate(self.done, config.eval.final_samples)
+            self._samples(self.after, self.done)
+            self.save_checkpoint()
+        if not self.run.finished:
+            self.save_model()
+            self.run.finish({"steps": self.done, "stopped_early": self.stopped})
+        return Outcome(self.run.path, self.done, self.before, self.after, self.stopped)
 
     # -- the step -----------------------------------------------------------------------------------
 
@@ -105,9 +116,10 @@ class Trainer:
         started = time.perf_counter()
         total = self.recipe.train.steps
         algorithm, policy = self.algorithm, self.policy
-        generator = torch.Generator(device="cpu").manual_seed(derive(self.recipe.train.seed, "plan", step))
+        generator = self._generator(step)
 
-        collected = self.collector.collect(algorithm, step, partial(self._progress, "rollout"))
+        with self._diagnosed(f"step {step + 1}"):
+            collected = self.collector.collect(algorithm, step, self.state, partial(self._progress, "rollout"))
         rollouts = collected.rollouts
         sampled_at = time.perf_counter()
 
@@ -118,7 +130,7 @@ class Trainer:
         metrics = Metrics()
         norms: list[float] = []
         skipped = 0
-        for update in plan.updates:
+        for number, update in enumerate(plan.updates):
             if algorithm.needs_refresh:
                 seen = policy.signals(rollouts.rows(update.rows), sorted(algorithm.loss_needs))
                 update = algorithm.refresh(update, seen, generator)
@@ -136,11 +148,12 @@ class Trainer:
             if norm is None:
                 self.optimizer.clear()
                 skipped += 1
-                self._skipped(step, rollouts, live, plan, "loss" if not finite else "gradient")
+                folder = self.run.path / "bad" / f"step-{step + 1:06d}-update-{number + 1}"
+                save_bad_batch(folder, rollouts, live, plan, batch.rows)
+                self._skipped(step, folder, "gradient" if finite else "loss")
             else:
                 norms.append(norm)
         self.state = plan.state
-        self._count_bad(bool(skipped))
 
         record = self._record(step, collected, plan, metrics.result(), norms, skipped)
         ended = time.perf_counter()
@@ -155,31 +168,23 @@ class Trainer:
         self.run.append("metrics.jsonl", record)
         self.run.append("timing.jsonl", timing)
         self.observer.step(record, timing, total)
+        self._count_bad(bool(skipped))
+
+    def _generator(self, step: int) -> torch.Generator:
+        """What the parts of a step draw from."""
+        return torch.Generator().manual_seed(derive(self.recipe.train.seed, "plan", step))
 
     def _micro_batches(self, rollouts: Rollouts, update: Update) -> Iterator[Tensor]:
-        """Live rows of an update, longest first, cut so that padded tokens stay within the budget.
+        """Live rows of an update, cut so that the tokens computed at once stay within the budget.
 
         Rows that the plan leaves without effect never reach the model.
         """
         live = update.live_rows
-        batch = update.rows[live]
-        prompts = torch.tensor([len(rollouts.prompt_tokens[i]) for i in batch.tolist()])
-        order = (prompts + rollouts.lengths[batch]).argsort(descending=True, stable=True)
-        taken: list[int] = []
-        widest_prompt = widest_response = done = 0
-        for i in order.tolist():
-            prompt = max(widest_prompt, int(prompts[i]))
-            response = max(widest_response, int(rollouts.lengths[batch[i]]))
-            if taken and (len(taken) + 1) * (prompt + response) > self.recipe.train.micro_batch_tokens:
-                yield live[torch.tensor(taken)]
-                done += len(taken)
-                self._progress("update", done, len(live), 0)
-                taken, prompt, response = [], int(prompts[i]), int(rollouts.lengths[batch[i]])
-            taken.append(i)
-            widest_prompt, widest_response = prompt, response
-        if taken:
-            yield live[torch.tensor(taken)]
-            self._progress("update", len(live), len(live), 0)
+        done = 0
+        for part in self.policy.micro_batches(rollouts.rows(update.rows[live]), self.recipe.train.micro_batch_tokens):
+            yield live[part]
+            done += len(part)
+            self._progress("update", done, len(live), 0)
 
     # -- measuring ----------------------------------------------------------------------------------
 
@@ -216,16 +221,17 @@ class Trainer:
     def _evaluate(self, step: int, samples: int | None) -> Evaluation:
         config = self.recipe.train.eval
         items = self.task.heldout[: config.problems]
-        result = evaluate(
-            self.examiner,
-            items,
-            max_tokens=self.recipe.rollout.max_tokens,
-            samples=config.samples if samples is None else samples,
-            temperature=config.temperature,
-            stop=self.recipe.rollout.stop,
-            seed=self.recipe.train.seed,
-            report=partial(self._progress, "evaluate"),
-        )
+        with self._diagnosed(f"evaluation after step {step}"):
+            result = evaluate(
+                self.examiner,
+                items,
+                max_tokens=self.recipe.rollout.max_tokens,
+                samples=config.samples if samples is None else samples,
+                temperature=config.temperature,
+                stop=self.recipe.rollout.stop,
+                seed=self.recipe.train.seed,
+                report=partial(self._progress, "evaluate"),
+            )
         record = result.record(step)
         self.run.append("metrics.jsonl", record)
         self.observer.evaluation(record)
@@ -255,8 +261,8 @@ class Trainer:
         every = self.recipe.log.tokens_every
         if every and (step % every == 0 or step + 1 == self.recipe.train.steps):
             lines = token_lines(
-                collected, plan, self.algorithm, self.policy, step,
-                self.recipe.log.tokens_rows, self.state, self.recipe.train.steps,
+                collected, plan, self.algorithm, self.policy, self.recipe.log.tokens_rows, self.state,
+                step=step, total_steps=self.recipe.train.steps, generator=self._generator(step),
             )  # fmt: skip
             for line in lines:
                 self.run.append("tokens.jsonl", line)
@@ -266,30 +272,64 @@ class Trainer:
 
     # -- trouble ------------------------------------------------------------------------------------
 
-    def _skipped(self, step: int, rollouts: Rollouts, signals: Signals, plan: Plan, what: str) -> None:
-        folder = save_bad_batch(self.run.path / "bad" / f"step-{step + 1:06d}", rollouts, signals, plan)
+    def _skipped(self, step: int, folder: Path, what: str) -> None:
         self.observer.message(f"step {step + 1}: the {what} is not a number; update skipped, batch kept in {folder}")
 
     def _count_bad(self, bad: bool) -> None:
         self.bad_steps = self.bad_steps + 1 if bad else 0
         if self.bad_steps >= MAX_BAD_STEPS:
-            broken = [n for n, p in self.policy.trainable_parameters() if not bool(p.isfinite().all())]
-            cause = (
-                f"{len(broken)} weights are not finite, first {broken[0]!r}: the damage was done earlier"
-                if broken
-                else "the weights are finite: the batch itself gives the overflow"
-            )
             raise TrainingDiverged(
-                f"{MAX_BAD_STEPS} steps in a row were skipped ({cause}). The batches are in "
-                f"{self.run.path / 'bad'}. Usual remedies: a lower train.learning_rate, a smaller train.max_grad_norm, "
-                "float32 instead of model.autocast: bf16; then `tokenloom train --resume` from the last checkpoint."
+                self._diagnosis(
+                    f"{MAX_BAD_STEPS} steps in a row were skipped; their batches are in {self.run.path / 'bad'}"
+                )
             )
+
+    @contextmanager
+    def _diagnosed(self, when: str) -> Iterator[None]:
+        """Sampling from a model whose logits are not numbers ends the run with a diagnosis."""
+        try:
+            yield
+        except FloatingPointError as error:
+            raise TrainingDiverged(self._diagnosis(f"{when}: {error}")) from error
+
+    def _broken(self) -> list[str]:
+        return [n for n, p in self.policy.trainable_parameters() if not bool(p.isfinite().all())]
+
+    def _diagnosis(self, what: str) -> str:
+        broken = self._broken()
+        cause = (
+            f"{len(broken)} weights are not finite, first {broken[0]!r}: an earlier update did the damage"
+            if broken
+            else "the weights are finite: the batch itself, or a part of the algorithm, gives what is not a number"
+        )
+        saved = checkpoint.steps(self.run.path / "checkpoints")
+        back = f"its checkpoint of step {saved[-1]}" if saved else "its beginning"
+        return (
+            f"{what}. Now {cause}. Usual remedies: a lower train.learning_rate, a smaller train.max_grad_norm, "
+            f"model.autocast=none instead of bf16. `tokenloom train --resume {self.run.path} KEY=VALUE` goes on from "
+            f"{back}"
+        )
 
     # -- saving -------------------------------------------------------------------------------------
 
     def save_checkpoint(self) -> None:
-        """Save everything that changes, atomically."""
-        best = {"best": self.best, "bad_steps": self.bad_steps, "before": _plain(self.before)}
+        """Save everything that changes, atomically.
+
+        Raises:
+            TrainingDiverged: when weights are not finite; the checkpoint before stays.
+        """
+        if self._broken():
+            raise TrainingDiverged(self._diagnosis(f"after step {self.done} no checkpoint was written"))
+        progress = {
+            "data": self.stream.position,
+            "problems": self.stream.fingerprint,
+            "files": self.run.sizes(),
+            "best": self.best,
+            "bad_steps": self.bad_steps,
+            "stopped": self.stopped,
+            "before": _plain(self.before),
+            "after": _plain(self.after),
+        }
         checkpoint.save(
             self.run.path / "checkpoints",
             checkpoint.Checkpoint(
@@ -297,7 +337,7 @@ class Trainer:
                 weights=self.policy.state_dict(),
                 optimizer=self.optimizer.state(),
                 algorithm=self.state,
-                progress={"data": self.stream.position, "files": self.run.sizes(), **best},
+                progress=progress,
             ),
             keep=self.recipe.train.keep_checkpoints,
         )
@@ -312,17 +352,25 @@ class Trainer:
         self.optimizer.load(found.optimizer)
         self.state, self.done = found.algorithm, found.step
         self.stream.restore(found.progress["data"])
+        if found.progress["problems"] != self.stream.fingerprint:
+            self.observer.message("the training problems are not those that the run was begun with; on with the new")
         self.best, self.bad_steps = found.progress["best"], found.progress["bad_steps"]
-        before = found.progress["before"]
-        self.before = None if before is None else Evaluation(**before)
-        self.run.cut(found.progress["files"])
+        self.stopped = found.progress["stopped"]
+        self.before, self.after = _evaluation(found.progress["before"]), _evaluation(found.progress["after"])
+        for name in self.run.cut(found.progress["files"]):
+            self.observer.message(f"{name} is shorter than it was at the checkpoint; the lines that are gone stay gone")
         return self.done
+
+    def reconsider(self) -> None:
+        """Forget why the run stopped: the recipe has changed since."""
+        self.stopped, self.bad_steps = False, 0
 
     def save_model(self) -> None:
         """Write `model/`, an ordinary Hugging Face folder, in one piece."""
         target, temporary = self.run.path / "model", self.run.path / ".model-writing"
         shutil.rmtree(temporary, ignore_errors=True)
         self.policy.save(temporary)
+        checkpoint.flush(temporary)
         shutil.rmtree(target, ignore_errors=True)
         os.rename(temporary, target)
 
@@ -331,6 +379,10 @@ def _plain(evaluation: Evaluation | None) -> dict[str, Any] | None:
     if evaluation is None:
         return None
     return {n: getattr(evaluation, n) for n in ("problems", "samples", "greedy", "sampled")}
+
+
+def _evaluation(plain: dict[str, Any] | None) -> Evaluation | None:
+    return None if plain is None else Evaluation(**plain)
 
 
 class Session:
@@ -348,20 +400,19 @@ class Session:
         self.path = Path(run)
 
     def __enter__(self) -> Self:
-        begun = (self.path / "recipe.yaml").exists()
-        if begun and not self.resume:
-            raise ValueError(
-                f"{str(self.path)!r} already holds a run. Continue it with `tokenloom train --resume {self.path}`, "
-                "or choose another folder"
-            )
-        self.run = RunFolder(self.path)
         try:
-            if self.resume:
-                changed = self.run.changed(self.recipe)
-                if changed and not self.force:
-                    shown = "; ".join(f"{k}: {old!r} -> {new!r}" for k, (old, new) in changed.items())
-                    raise ValueError(f"the recipe differs from the one that {str(self.path)!r} was begun with: {shown}")
-            torch.manual_seed(derive(self.recipe.train.seed, "global"))
+            self.run = RunFolder(self.path)
+            begun = self.run.begun
+            if begun and not self.resume:
+                raise ValueError(
+                    f"{str(self.path)!r} already holds a run. Continue it with `tokenloom train --resume {self.path}`, "
+                    "or choose another folder"
+                )
+            changed = self.run.changed(self.recipe)
+            if changed and not self.force:
+                shown = "; ".join(f"{k}: {old!r} -> {new!r}" for k, (old, new) in changed.items())
+                raise ValueError(f"the recipe differs from the one that {str(self.path)!r} was begun with: {shown}")
+            checkpoint.seed_random_states(derive(self.recipe.train.seed, "global"))
             self.observer.message(f"loading the task {self.recipe.task.source or 'mixture'}")
             task = load_task(self.recipe.task)
             self.observer.message(task.report)
@@ -375,6 +426,7 @@ class Session:
             if self.resume:
                 step = self.trainer.restore()
                 if changed:
+                    self.trainer.reconsider()
                     # Only now: a recipe that the checkpoint does not fit must not replace the one that it does.
                     self.run.begin(self.recipe)
                 self.observer.message(f"resuming after step {step}" if step else "resuming from the beginning")
@@ -386,7 +438,8 @@ class Session:
     def __exit__(self, *_: object) -> None:
         if hasattr(self, "verifier"):
             self.verifier.close()
-        self.run.close()
+        if hasattr(self, "run"):
+            self.run.close()
         self.observer.close()
 
 

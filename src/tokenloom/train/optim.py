@@ -18,13 +18,21 @@ class Optimizer:
         self.config = config
         self.names = [n for n, _ in parameters]
         self.parameters = [p for _, p in parameters]
-        self.adamw = torch.optim.AdamW(
+        try:
+            self.adamw = self._adamw(fused=True)
+        except RuntimeError:
+            # Not every device and number format has the fused kernel; PyTorch says so when it is asked for.
+            self.adamw = self._adamw(fused=None)
+
+    def _adamw(self, *, fused: bool | None) -> torch.optim.AdamW:
+        c = self.config
+        return torch.optim.AdamW(
             self.parameters,
-            lr=config.learning_rate,
-            betas=config.betas,
-            eps=config.adam_eps,
-            weight_decay=config.weight_decay,
-            fused=True,
+            lr=c.learning_rate,
+            betas=c.betas,
+            eps=c.adam_eps,
+            weight_decay=c.weight_decay,
+            fused=fused,
         )
 
     def step(self, step: int) -> float | None:
@@ -82,5 +90,9 @@ class Optimizer:
         for key, value in state.items():
             kind, name = key.split("/", 1)
             parameter = by_name[name]
-            restored = value.reshape(()) if kind == "step" else value.to(parameter.device)
-            self.adamw.state[parameter][kind] = restored.clone()
+            if kind == "step":
+                # The fused kernel counts steps where the parameter is, the others on the CPU.
+                place = parameter.device if self.adamw.defaults["fused"] else torch.device("cpu")
+                self.adamw.state[parameter][kind] = value.reshape(()).to(place, copy=True)
+            else:
+                self.adamw.state[parameter][kind] = value.to(parameter.device, copy=True)

@@ -12,7 +12,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Self
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tokenloom.algorithm import Algorithm
@@ -23,6 +22,7 @@ from tokenloom.tasks.config import TaskConfig
 from tokenloom.tasks.task import check_task
 from tokenloom.train.config import LogConfig, TrainConfig
 from tokenloom.train.errors import RecipeError, explain
+from tokenloom.train.plain import plain, read_yaml, write_yaml
 
 
 class Recipe(BaseModel):
@@ -49,6 +49,12 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        self._can_stop_early()
+        if self.train.warmup_steps >= self.train.steps:
+            raise ValueError(
+                f"train.warmup_steps = {self.train.warmup_steps} leaves no step of train.steps = {self.train.steps} at "
+                "the full learning rate; lower it"
+            )
         algorithm = self.build_algorithm()
         if "old_values" in algorithm.needs or "values" in algorithm.loss_needs:
             # The algorithm asks for a critic, so it gets one; the resolved recipe says so.
@@ -74,18 +80,32 @@ class Recipe(BaseModel):
             raise ValueError("a multi-turn task cannot be combined with an algorithm that resamples groups")
         return self
 
+    def _can_stop_early(self) -> None:
+        stop, evaluation = self.train.early_stop, self.train.eval
+        if stop is None:
+            return
+        if stop.target is None and stop.patience is None:
+            raise ValueError("train.early_stop says no reason to stop; give it a target, a patience, or both")
+        if not evaluation.every:
+            raise ValueError("train.early_stop is judged at evaluations, and train.eval.every = 0 makes none; set it")
+        if stop.metric == "sampled" and not evaluation.samples:
+            raise ValueError(
+                "train.early_stop.metric = 'sampled', but train.eval.samples = 0: nothing is sampled; "
+                "use metric greedy, or sample"
+            )
+
     def build_algorithm(self) -> Algorithm:
         """The algorithm, composed anew."""
         return Algorithm.from_recipe(self.algorithm)
 
     def resolved(self) -> dict[str, Any]:
         """Every key with its value, as plain data for YAML and for comparison."""
-        plain: dict[str, Any] = json.loads(self.model_dump_json())
-        return plain
+        data: dict[str, Any] = plain(self.model_dump(), "recipe")
+        return data
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML."""
-        return yaml.safe_dump(self.resolved(), sort_keys=False, allow_unicode=True)
+        return write_yaml(self.resolved())
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, check_files: bool = True) -> Recipe:
@@ -96,7 +116,7 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = (), *, check_file
     """
     data = _read(source)
     for override in overrides:
-        _apply(data, override)
+        data = _apply(data, override)
     return build_recipe(data, str(source), check_files=check_files)
 
 
@@ -107,9 +127,12 @@ def build_recipe(data: Mapping[str, Any], source: str = "recipe", *, check_files
         RecipeError: as `load_recipe`.
     """
     try:
-        recipe = Recipe.model_validate(dict(data))
+        # Strict, so that true is no number and "3" is none either; as JSON, so that a list may stand for a tuple.
+        recipe = Recipe.model_validate_json(json.dumps(plain(data, source)), strict=True)
         if check_files:
             check_task(recipe.task)
+    except RecipeError:
+        raise
     except ValidationError as error:
         raise RecipeError(explain(error, Recipe, source)) from None
     except ValueError as error:
@@ -122,8 +145,8 @@ def recipe_names() -> dict[str, str]:
     found = {}
     for entry in resources.files("tokenloom.recipes").iterdir():
         if entry.name.endswith(".yaml"):
-            text = yaml.safe_load(entry.read_text(encoding="utf-8"))
-            found[entry.name.removesuffix(".yaml")] = str(text.get("description", ""))
+            shipped = read_yaml(entry.read_text(encoding="utf-8"), entry.name)
+            found[entry.name.removesuffix(".yaml")] = str(shipped.get("description", ""))
     return dict(sorted(found.items()))
 
 
@@ -143,63 +166,54 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
 
 
 def _read(source: str | Path) -> dict[str, Any]:
-    path = Path(source)
-    if path.is_dir():
+    path, names = Path(source), recipe_names()
+    if path.is_dir() and ((path / "recipe.yaml").is_file() or str(source) not in names):
         path = path / "recipe.yaml"
     if path.suffix in (".yaml", ".yml") or path.is_file():
         if not path.is_file():
             raise RecipeError(f"there is no recipe file {str(path)!r}")
-        text = path.read_text(encoding="utf-8")
-    else:
-        names = recipe_names()
-        if str(source) not in names:
-            raise RecipeError(
-                f"unknown recipe {str(source)!r}{suggest(str(source), names)} "
-                "A recipe is a shipped name, a .yaml file, or a run folder."
-            )
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{str(path)!r} is not UTF-8 text: {error}") from error
+    elif str(source) in names:
         text = (resources.files("tokenloom.recipes") / f"{source}.yaml").read_text(encoding="utf-8")
-    try:
-        data = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{source}: not valid YAML: {error}") from error
+    else:
+        raise RecipeError(
+            f"unknown recipe {str(source)!r}{suggest(str(source), names)} "
+            "A recipe is a shipped name, a .yaml file, or a run folder."
+        )
+    data = read_yaml(text, str(source))
     if not isinstance(data, dict):
         raise RecipeError(f"{source}: a recipe is a mapping with the keys {', '.join(Recipe.model_fields)}")
-    plain: dict[str, Any] = _numeric(data)
-    return plain
+    return data
 
 
-def _apply(data: dict[str, Any], override: str) -> None:
+def _apply(data: dict[str, Any], override: str) -> dict[str, Any]:
     key, equals, text = override.partition("=")
-    path = [p for p in key.strip().split(".") if p]
-    if not equals or not path:
+    path = key.strip().split(".")
+    if not equals or not all(path):
         raise RecipeError(f"override {override!r} is not of the form section.key=value")
-    try:
-        value = _numeric(yaml.safe_load(text))
-    except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not valid YAML: {error}") from error
-    here = data
-    for i, name in enumerate(path[:-1]):
-        below = here.get(name)
-        if name == "algorithm" and i == 0 and isinstance(below, str):
-            below = {"preset": below}
-        if below is None:
-            below = {}
-        if not isinstance(below, dict):
-            raise RecipeError(f"override {override!r}: {'.'.join(path[: i + 1])} is {below!r}, not a section")
-        here[name] = here = dict(below)
-    here[path[-1]] = value
+    made: dict[str, Any] = _put(data, path, read_yaml(text, f"override {override!r}"), override)
+    return made
 
 
-def _numeric(value: Any) -> Any:
-    """YAML 1.1 reads 1e-5 as text; whoever writes it means a number."""
-    if isinstance(value, str):
-        try:
-            return float(value) if any(c.isdigit() for c in value) and "e" in value.lower() else value
-        except ValueError:
-            return value
-    if isinstance(value, list):
-        return [_numeric(v) for v in value]
-    return {k: _numeric(v) for k, v in value.items()} if isinstance(value, dict) else value
+def _put(here: Any, path: list[str], value: Any, override: str, done: tuple[str, ...] = ()) -> Any:
+    """A copy of `here` with `value` at `path`; sections on the way are made, entries of lists named by number."""
+    if not path:
+        return value
+    if isinstance(here, str) and done[:1] == ("algorithm",):
+        # Short for a mapping: the algorithm names its preset, a stage its part.
+        here = {"preset" if len(done) == 1 else "part": here}
+    name, rest = path[0], path[1:]
+    if isinstance(here, list) and name.isdecimal() and int(name) < len(here):
+        at = int(name)
+        return [*here[:at], _put(here[at], rest, value, override, (*done, name)), *here[at + 1 :]]
+    if here is not None and not isinstance(here, dict):
+        kind = f"a list with the entries 0 to {len(here) - 1}" if isinstance(here, list) and here else f"{here!r}"
+        raise RecipeError(f"override {override!r}: {'.'.join(done)} is {kind}, there is no {name!r} in it")
+    here = here or {}
+    return here | {name: _put(here.get(name), rest, value, override, (*done, name))}
 
 
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:

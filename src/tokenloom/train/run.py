@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from filelock import FileLock, Timeout
 
 import tokenloom
+from tokenloom.train.plain import read_yaml
 from tokenloom.train.recipe import Recipe, differences
 
 JSONL = ("metrics.jsonl", "timing.jsonl", "samples.jsonl", "tokens.jsonl")
@@ -31,11 +31,13 @@ class RunFolder:
     """A folder that one process writes at a time.
 
     Raises:
-        ValueError: when another process holds it.
+        ValueError: when another process holds it, or it is a file.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{str(self.path)!r} is a file; a run needs a folder of its own")
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(str(self.path / ".lock"))
         try:
@@ -49,21 +51,38 @@ class RunFolder:
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Add one line to a .jsonl file, flushed to the operating system."""
-        line = json.dumps(rounded(record), ensure_ascii=False, allow_nan=False)
-        with (self.path / name).open("a", encoding="utf-8", newline="\n") as file:
+        line = json.dumps(rounded(record), ensure_ascii=False, allow_nan=False, default=str)
+        # Half of a surrogate pair cannot be UTF-8; its backslash form is what JSON writes for it anyway.
+        with (self.path / name).open("a", encoding="utf-8", errors="backslashreplace", newline="\n") as file:
             file.write(line + "\n")
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each .jsonl file, for `cut`."""
-        return {n: (self.path / n).stat().st_size if (self.path / n).exists() else 0 for n in JSONL}
-
-    def cut(self, sizes: Mapping[str, int]) -> None:
-        """Cut the .jsonl files back to remembered sizes."""
+        """Bytes of each .jsonl file, for `cut`; what is counted is on disk when this returns."""
+        found = dict.fromkeys(JSONL, 0)
         for name in JSONL:
             file = self.path / name
             if file.exists():
                 with file.open("r+b") as handle:
-                    handle.truncate(sizes.get(name, 0))
+                    os.fsync(handle.fileno())
+                found[name] = file.stat().st_size
+        return found
+
+    def cut(self, sizes: Mapping[str, int]) -> list[str]:
+        """Cut the .jsonl files back to remembered sizes; returns the names of those that are shorter than that.
+
+        A shorter file is left as it is, but for a last line without an end.
+        """
+        shorter = []
+        for name in JSONL:
+            file, size = self.path / name, sizes.get(name, 0)
+            held = file.stat().st_size if file.exists() else 0
+            if held < size:
+                shorter.append(name)
+                size = file.read_bytes().rfind(b"\n") + 1 if held else 0
+            if held > size:
+                with file.open("r+b") as handle:
+                    handle.truncate(size)
+        return shorter
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
         """Write a JSON file in one piece."""
@@ -79,7 +98,6 @@ class RunFolder:
 
     def begin(self, recipe: Recipe) -> None:
         """Record the resolved recipe, versions, machine and seed."""
-        write_text(self.path / "recipe.yaml", recipe.to_yaml())
         algorithm = recipe.build_algorithm()
         self.write_json(
             "run.json",
@@ -95,6 +113,13 @@ class RunFolder:
                 "algorithm": {"name": algorithm.preset, "description": algorithm.describe()},
             },
         )
+        # Last, because a folder with a recipe is a run that can be resumed.
+        write_text(self.path / "recipe.yaml", recipe.to_yaml())
+
+    @property
+    def begun(self) -> bool:
+        """Whether the folder holds a run."""
+        return (self.path / "recipe.yaml").is_file()
 
     def finish(self, outcome: Mapping[str, Any]) -> None:
         """Record the end of the run."""
@@ -108,7 +133,7 @@ class RunFolder:
     def saved_recipe(self) -> dict[str, Any]:
         """The resolved recipe that the folder was begun with, {} when it was not."""
         file = self.path / "recipe.yaml"
-        loaded = yaml.safe_load(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        loaded = read_yaml(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else {}
         return loaded if isinstance(loaded, dict) else {}
 
     def changed(self, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
@@ -136,7 +161,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def rounded(value: Any, digits: int = 5) -> Any:
-    """Floats to significant digits, NaN and infinities to None, containers alike."""
+    """Floats to significant digits, NaN and infinities to None, in containers too."""
     if isinstance(value, float):
         return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     if isinstance(value, Mapping):

@@ -1,0 +1,83 @@
+"""The command as its own process: pipes, signals, start-up."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cli.tiny_run import make_tiny_model, tiny_recipe
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+
+
+def start(folder: Path, *arguments: object, **extra: str) -> subprocess.Popen[str]:
+    """`python -m tokenloom` in `folder`, its output in pipes."""
+    environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"} | extra
+    command = [sys.executable, "-m", "tokenloom", *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True, encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_recipe(folder, make_tiny_model(folder))
+    return folder
+
+
+def test_training_in_a_pipe_has_no_escapes_and_no_noise(made: Path) -> None:
+    process = start(made, "train", "tiny.yaml", "train.steps=2")
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "\x1b" not in out + err
+    assert err == ""
+    assert "step 2/2" in out
+    assert (made / "runs" / "tiny-001" / "report.html").is_file()
+    assert "python -m tokenloom report runs/tiny-001" in out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows delivers Ctrl-C to a whole console, tests included")
+def test_ctrl_c_says_how_to_resume_and_the_run_resumes(made: Path) -> None:
+    process = start(made, "train", "tiny.yaml", "train.steps=100000", "--out", "stopped")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    # The first checkpoint lies a moment after the first step's line.
+    deadline = time.monotonic() + 60
+    while not list((made / "stopped" / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "python -m tokenloom train --resume stopped" in err
+    assert "Traceback" not in err
+    resumed = start(made, "train", "--resume", "stopped", "train.steps=3", "--force")
+    out, err = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, err
+    assert "resuming after step" in out
+
+
+def test_help_is_quick_and_loads_neither_torch_nor_transformers() -> None:
+    code = (
+        "import sys, tokenloom.cli.app as a\n"
+        "heavy = {'torch', 'transformers', 'pydantic', 'numpy', 'yaml'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(SOURCE)}, check=True, timeout=60)
+
+
+def test_a_closed_pipe_ends_the_command_quietly(tmp_path: Path) -> None:
+    process = start(tmp_path, "methods", "--json")
+    assert process.stdout is not None
+    process.stdout.read(10)
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == ""
+    assert process.wait(timeout=60) != 0
