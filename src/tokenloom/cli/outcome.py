@@ -110,4 +110,4 @@ def _example(run: Path) -> str:
     except (OSError, ValueError, KeyError):
         text = ""
     plain = text.isprintable() and not set(text) & set('"$`\\!')
-    return text if text and plain and len(text) < 80 else "What is 7 + 8?"
+    return text if text and plain and len(text) < 100 else "What is 7 + 8?"

@@ -47,7 +47,8 @@ class RolloutConfig(BaseModel):
     @field_validator("stop", mode="before")
     @classmethod
     def _one_stop(cls, value: Any) -> Any:
-        return (value,) if isinstance(value, str) else value
+        # What has passed through here counts as Python data, where a strict tuple is not made of a list.
+        return (value,) if isinstance(value, str) else tuple(value) if isinstance(value, list) else value
 
     @field_validator("stop")
     @classmethod

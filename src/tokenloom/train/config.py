@@ -28,7 +28,7 @@ class EvalConfig(BaseModel):
     every: int = Field(0, ge=0, description="Steps between evaluations; 0: only before and after.")
     problems: int | None = Field(None, ge=1, description="Held-out problems to use; unset: all.")
     samples: int = Field(4, ge=0, description="Responses sampled for each problem; 0: greedy only.")
-    final_samples: int | None = Field(None, ge=0, description="As `samples`, before and after; unset: the same.")
+    final_samples: int | None = Field(None, ge=0, description="As `samples`, after the last step; unset: the same.")
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False, description="Temperature of the sampled responses.")
 
 
@@ -50,7 +50,7 @@ class TrainConfig(BaseModel):
         1.0, gt=0, allow_inf_nan=False, description="Clip the gradient to this norm; null: never."
     )
     micro_batch_tokens: int = Field(
-        2048, ge=1, description="Prompt and response tokens that go through the model at once, shared prefixes once."
+        1024, ge=1, description="Prompt and response tokens that go through the model at once, shared prefixes once."
     )
     max_sampling_rounds: int = Field(
         4, ge=1, description="Times a step may sample anew when the algorithm drops groups (dynamic sampling)."

@@ -39,7 +39,8 @@ def explain(error: ValidationError, model: type[BaseModel], source: str) -> str:
         said = [s for s in says if not s.startswith(_MUST)]
         if simple:
             said.insert(0, _MUST + " or ".join(simple))
-        shown = "" if isinstance(given, dict | BaseModel) or said[0].startswith(_NO_VALUE) else f" = {_short(given)}"
+        whole = key == "recipe" or isinstance(given, BaseModel) or (isinstance(given, dict) and not simple)
+        shown = "" if whole or said[0].startswith(_NO_VALUE) else f" = {_short(given)}"
         lines += [f"{key}{shown}: {text}" for text in said]
     return f"{source}: " + "\n  ".join(["the recipe cannot be run:", *lines])
 

@@ -205,7 +205,7 @@ def _memory(
     gradients, casts = s.trained * weight, s.trunk * 2 if autocast else 0
     head = min(chunk, micro_rows * recipe.rollout.max_tokens) * s.vocabulary * 4 * passes
     head += s.vocabulary * s.hidden * 4 if recipe.model.lora is None else 0
-    waves = max(rows, 64) if recipe.rollout.max_rows is None else recipe.rollout.max_rows
+    together = recipe.rollout.max_rows or rows
     held = {
         "Python and libraries": LIBRARIES,
         "weights": float(s.weights * weight),
@@ -213,8 +213,8 @@ def _memory(
         "optimizer, two moments": 2.0 * gradients,
     }
     sampling = {
-        "key/value cache of the rollout": 2.0 * waves * length * s.layers * s.keys * product,
-        "logits of one decoding step": 4.0 * waves * s.vocabulary * 4,
+        "key/value cache of the rollout": 2.0 * together * length * s.layers * s.keys * product,
+        "logits of one decoding step": 4.0 * together * s.vocabulary * 4,
         "weights in bf16": float(casts),
     }
     updating = {
@@ -254,4 +254,4 @@ def _evaluation_responses(recipe: Recipe, problems: int) -> list[int]:
     config, steps = recipe.train.eval, recipe.train.steps
     ends = config.samples if config.final_samples is None else config.final_samples
     between = (steps - 1) // config.every if config.every else 0
-    return [problems * (1 + ends)] * 2 + [problems * (1 + config.samples)] * between
+    return [problems * (1 + config.samples)] * (1 + between) + [problems * (1 + ends)]

@@ -39,6 +39,9 @@ log = logging.getLogger(__name__)
 
 MAX_BAD_STEPS = 3
 
+_WAVE_TOKENS = 16384
+"""Response tokens of an evaluation wave: wide enough to keep the cores busy, its cache well below a GiB."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -65,7 +68,7 @@ class Trainer:
         self.responder = Responder(policy, verifier, environment=task.environment, max_rows=recipe.rollout.max_rows)
         # An evaluation answers many more prompts than a step; in waves its cache stays as small as a step's.
         step_rows = recipe.rollout.prompts_per_step * recipe.rollout.group_size
-        waves = recipe.rollout.max_rows or max(step_rows, 64)
+        waves = recipe.rollout.max_rows or max(step_rows, min(256, _WAVE_TOKENS // recipe.rollout.max_tokens))
         self.examiner = Responder(policy, verifier, environment=task.environment, max_rows=waves)
         self.collector = Collector(recipe, self.responder, self.stream)
         self.state: dict[str, Any] = {}
@@ -89,7 +92,7 @@ class Trainer:
         """
         config = self.recipe.train
         if self.done == 0:
-            self.before = self._evaluate(0, config.eval.final_samples)
+            self.before = self._evaluate(0, config.eval.samples)
             self._samples(self.before, 0)
         while self.done < config.steps and not self.stopped:
             self.step(self.done)

@@ -72,7 +72,7 @@ class Optimizer:
         """Moments and counters by parameter name."""
         named = zip(self.names, self.parameters, strict=True)
         return {
-            f"{key}/{name}": value.detach().reshape(value.shape or (1,))
+            f"{key}/{name}": value.detach()
             for name, parameter in named
             for key, value in self.adamw.state.get(parameter, {}).items()
         }
@@ -90,9 +90,6 @@ class Optimizer:
         for key, value in state.items():
             kind, name = key.split("/", 1)
             parameter = by_name[name]
-            if kind == "step":
-                # The fused kernel counts steps where the parameter is, the others on the CPU.
-                place = parameter.device if self.adamw.defaults["fused"] else torch.device("cpu")
-                self.adamw.state[parameter][kind] = value.reshape(()).to(place, copy=True)
-            else:
-                self.adamw.state[parameter][kind] = value.to(parameter.device, copy=True)
+            # The fused kernel counts steps where the parameter is, the others on the CPU.
+            here = kind != "step" or self.adamw.defaults["fused"]
+            self.adamw.state[parameter][kind] = value.to(parameter.device if here else "cpu", copy=True)
