@@ -239,7 +239,14 @@ def test_eval_measures_a_run_and_a_model(made: Path, run: Path) -> None:
     assert found["pass@4"]["value"] >= found["pass@1"]["value"]
     last = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
     assert found["greedy"]["value"] == pytest.approx(last["greedy"])
-    task = ["--task", f"source={made / 'problems.jsonl'}", "--task", "heldout=8", "--task", "rewards=[{verifier: number}]"]
+    task = [
+        "--task",
+        f"source={made / 'problems.jsonl'}",
+        "--task",
+        "heldout=8",
+        "--task",
+        "rewards=[{verifier: number}]",
+    ]
     table = call("eval", made / "tiny-model", *task, "--samples", 0, "--max-tokens", 4)
     assert table.exit_code == 0, table.output
     first = json.loads((run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[0])
@@ -265,7 +272,9 @@ def test_generate_shows_control_characters_as_text(run: Path) -> None:
 
 def test_generate_reads_files_and_writes_json_lines(made: Path, tmp_path: Path) -> None:
     chat = {"messages": [{"role": "user", "content": "1+2"}]}
-    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "1+1"}) + "\n\n" + json.dumps(chat) + "\n", encoding="utf-8")
+    (tmp_path / "p.jsonl").write_text(
+        json.dumps({"prompt": "1+1"}) + "\n\n" + json.dumps(chat) + "\n", encoding="utf-8"
+    )
     out = tmp_path / "out.jsonl"
     model = made / "tiny-model"
     result = call("generate", model, "--prompts", tmp_path / "p.jsonl", "-n", 2, "--max-tokens", 5, "--out", out)

@@ -62,9 +62,10 @@ def test_load_uses_the_config(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     ("settings", "device", "code"),
     [
         ({}, "cpu", "sdpa"),
-        ({"autocast": "bf16"}, "cpu", "eager"),
-        ({"dtype": "bfloat16"}, "cpu", "eager"),
-        ({"autocast": "bf16"}, "cuda", "sdpa"),
+        ({"autocast": "bf16"}, "cpu", "sdpa"),
+        ({"autocast": "bf16", "share_prefixes": False}, "cpu", "eager"),
+        ({"dtype": "bfloat16", "share_prefixes": False}, "cpu", "eager"),
+        ({"autocast": "bf16", "share_prefixes": False}, "cuda", "sdpa"),
         ({"autocast": "bf16", "attention": "sdpa"}, "cpu", "sdpa"),
     ],
 )

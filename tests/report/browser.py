@@ -144,8 +144,6 @@ class Browser:
             method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning")
         ):
             self.problems.append(json.dumps(params))
-        if method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(
-            ("file:", "about:")
-        ):
+        if method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(("file:", "about:")):
             self.problems.append(f"the page asked for {params['request']['url']}")
         return message

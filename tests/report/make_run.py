@@ -38,9 +38,7 @@ train:
 """
 
 
-def make_run(
-    folder: Path, *, steps: int = 30, seed: int = 0, algorithm: str = "grpo", hostile: bool = False
-) -> Path:
+def make_run(folder: Path, *, steps: int = 30, seed: int = 0, algorithm: str = "grpo", hostile: bool = False) -> Path:
     """Write a complete run folder; `hostile` puts `HOSTILE` wherever a model's or a task's text goes."""
     rng = random.Random(seed)
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,9 +134,7 @@ def _samples(rng: random.Random, steps: int, skill: dict[int, float], hostile: b
             a, b = problems.randint(0, 9), problems.randint(0, 9)
             right = rng.random() < 0.15 + 0.7 * skill[step]
             value = a + b if right else a + b + rng.choice((-2, -1, 1, 10))
-            chatty = (
-                f"To solve {a} + {b} we add the numbers:\n\n{a} + {b} = {value}\n\nSo the answer is {value}"
-            )
+            chatty = f"To solve {a} + {b} we add the numbers:\n\n{a} + {b} = {value}\n\nSo the answer is {value}"
             response = str(value) if step and rng.random() < 0.8 else chatty
             if hostile and i == 0:
                 response = HOSTILE
@@ -190,9 +186,7 @@ def _token_row(
     log_ratio = [rng.gauss(0, 0.05) for _ in range(n)]
     quantities: dict[str, list[float | None]] = {
         "advantage": [advantage if m else 0.0 for m in mask],
-        "coefficient": [
-            advantage * math.exp(x) / n / 8 if m else 0.0 for m, x in zip(mask, log_ratio, strict=True)
-        ],
+        "coefficient": [advantage * math.exp(x) / n / 8 if m else 0.0 for m, x in zip(mask, log_ratio, strict=True)],
         "log_ratio": [x if m else None for m, x in zip(mask, log_ratio, strict=True)],
         "entropy": list(entropy),
         "logprob": [-abs(rng.gauss(0, 0.8)) * (0.3 + e) for e in entropy],

@@ -165,9 +165,7 @@ def test_keyboard_reaches_responses_tokens_and_charts(browser: Browser, page: st
 
 def test_pointer_reads_numbers_off(browser: Browser, page: str) -> None:
     browser.open(page + "#step=11&row=3&quantity=entropy")
-    browser.run(
-        "document.querySelector('.tok[data-t=\"5\"]').scrollIntoView({block: 'center', behavior: 'instant'})"
-    )
+    browser.run("document.querySelector('.tok[data-t=\"5\"]').scrollIntoView({block: 'center', behavior: 'instant'})")
     box = browser.run("document.querySelector('.tok[data-t=\"5\"]').getBoundingClientRect().toJSON()")
     at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
     browser.call("Input.dispatchMouseEvent", type="mouseMoved", **at)
@@ -239,9 +237,7 @@ def test_comparison_overlays_runs(browser: Browser, run: Path, tmp_path: Path) -
     browser.open(compare_report([run, other], tmp_path / "both.html").as_uri())
     assert browser.problems == []
     assert browser.run("document.querySelectorAll('[data-error]').length") == 0
-    assert browser.run(
-        "['color-0', 'color-1'].every((c) => document.querySelector(`[data-key=reward] .line.${c}`))"
-    )
+    assert browser.run("['color-0', 'color-1'].every((c) => document.querySelector(`[data-key=reward] .line.${c}`))")
     recipe = browser.run("document.querySelector('#recipe').innerText")
     assert "algorithm" in recipe
     assert "dapo" in recipe

@@ -19,9 +19,7 @@ from tokenloom.report.tokens import MAX_RESPONSES
 
 
 def _data(page: Path) -> dict[str, Any]:
-    found = re.search(
-        r'<script type="application/json" id="data">(.*?)</script>', page.read_text("utf-8"), re.DOTALL
-    )
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', page.read_text("utf-8"), re.DOTALL)
     assert found is not None
     data: dict[str, Any] = json.loads(found[1])
     return data
@@ -87,9 +85,7 @@ def test_before_and_after_are_the_same_prompt(tmp_path: Path) -> None:
 def test_size_is_capped_and_said(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", steps=4)
     many = [
-        {"step": s, "prompt": f"p{i}", "response": "x" * 9_000, "correct": False}
-        for s in (0, 4)
-        for i in range(100)
+        {"step": s, "prompt": f"p{i}", "response": "x" * 9_000, "correct": False} for s in (0, 4) for i in range(100)
     ]
     (folder / "samples.jsonl").write_text("\n".join(map(json.dumps, many)), encoding="utf-8")
     line = (folder / "tokens.jsonl").read_text(encoding="utf-8").splitlines()[0]
@@ -104,9 +100,7 @@ def test_size_is_capped_and_said(tmp_path: Path) -> None:
 
 
 def test_almost_empty_run_still_gives_a_page(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text(
-        '{"algorithm": {"description": "one line"}, "machine": 3}', encoding="utf-8"
-    )
+    (tmp_path / "run.json").write_text('{"algorithm": {"description": "one line"}, "machine": 3}', encoding="utf-8")
     data = _data(write_report(tmp_path, tmp_path / "sub" / "page.html"))
     assert data["charts"] == data["samples"]["pairs"] == data["tokens"]["rows"] == []
     assert data["runs"][0]["status"] == "no step on record"

@@ -66,9 +66,7 @@ def test_unreadable_lines_are_counted(tmp_path: Path) -> None:
         b"\xff\xfe",
         b'{"step": 9' + b"9" * 5000 + b"}",
     ]
-    (folder / "timing.jsonl").write_bytes(
-        b"\n".join([b'{"step": 1, "seconds": NaN}', *bad, b'{"step": 2}', b""])
-    )
+    (folder / "timing.jsonl").write_bytes(b"\n".join([b'{"step": 1, "seconds": NaN}', *bad, b'{"step": 2}', b""]))
     run = read_run(folder)
     assert [t["step"] for t in run.timing] == [1, 2]
     # Infinity as a step parses, but is no step; the other five are no JSON objects.

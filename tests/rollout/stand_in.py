@@ -39,9 +39,7 @@ class StandIn:
 
     def encode_prompt(self, prompt: str | Sequence[dict[str, str]]) -> Tensor:
         if not isinstance(prompt, str):
-            prompt = self.tokenizer.apply_chat_template(
-                list(prompt), add_generation_prompt=True, tokenize=False
-            )
+            prompt = self.tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True, tokenize=False)
         return torch.tensor(self.tokenizer(prompt, add_special_tokens=False)["input_ids"])
 
 

@@ -34,9 +34,7 @@ class CastsOfWeights(TorchDispatchMode):
 
 
 def lora(model: Any) -> Any:
-    return get_peft_model(
-        model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    )
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["all weights", "LoRA"])

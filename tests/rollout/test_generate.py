@@ -32,9 +32,7 @@ def test_greedy_equals_transformers_and_logprobs_equal_a_full_forward(name: str)
     # Tied embeddings make a random GPT-2 repeat one token for ever.
     policy = StandIn(TINY[name](**({"tie_word_embeddings": False} if name == "gpt2" else {})))
     # An end token that does occur, so that rows finish at different steps.
-    free = generate(
-        StandIn(policy.model, ends=()), prompts, Sampling(temperature=0, max_tokens=new), copies=1
-    )
+    free = generate(StandIn(policy.model, ends=()), prompts, Sampling(temperature=0, max_tokens=new), copies=1)
     ends = [int(free.tokens[0, 4]), int(free.tokens[2, 9])]
     policy.eos_ids = frozenset(ends)
     ours = generate(policy, prompts, Sampling(temperature=0, max_tokens=new), copies=1)
@@ -87,9 +85,7 @@ def test_forward_calls_and_batch_sizes() -> None:
     calls = count_calls(model)
     prompts = prompts_of(4, 6, 5)
     ends = range(1, 64, 5)  # a fifth of the vocabulary: rows finish all the time
-    out = generate(
-        StandIn(model, ends=ends), [*prompts, prompts[0]], Sampling(max_tokens=40, seed=0), copies=8
-    )
+    out = generate(StandIn(model, ends=ends), [*prompts, prompts[0]], Sampling(max_tokens=40, seed=0), copies=8)
     assert calls[0] == (3, 6), "equal prompts must be prefilled once, all prompts together"
     assert len(calls) <= int(out.lengths.max()) + 1
     sizes = [rows for rows, width in calls[1:] if width == 1]
@@ -118,9 +114,7 @@ def test_finished_neighbors_order_and_waves_do_not_change_a_row() -> None:
 def test_waves_bound_the_rows() -> None:
     model = tiny_llama()
     calls = count_calls(model)
-    generate(
-        StandIn(model, ends=()), prompts_of(3, 4, 5), Sampling(max_tokens=3, seed=0), copies=4, max_rows=5
-    )
+    generate(StandIn(model, ends=()), prompts_of(3, 4, 5), Sampling(max_tokens=3, seed=0), copies=4, max_rows=5)
     assert max(rows for rows, _ in calls) == 4, "a prompt's copies stay together where they fit"
     calls.clear()
     generate(StandIn(model, ends=()), prompts_of(3), Sampling(max_tokens=3, seed=0), copies=7, max_rows=3)
@@ -220,9 +214,7 @@ def test_stop_strings_in_free_samples_equal_a_search_of_the_text() -> None:
     unstopped = generate(policy, prompts_of(3, 5), Sampling(max_tokens=40, seed=0), copies=10)
     stopped = generate(policy, prompts_of(3, 5), Sampling(max_tokens=40, seed=0, stop=stop), copies=10)
     early = 0
-    for long, short, cut in zip(
-        responses(unstopped), responses(stopped), stopped.truncated.tolist(), strict=True
-    ):
+    for long, short, cut in zip(responses(unstopped), responses(stopped), stopped.truncated.tolist(), strict=True):
         lengths = [n for n in range(1, len(long) + 1) if any(s in tokenizer.decode(long[:n]) for s in stop)]
         assert short == long[: lengths[0] if lengths else len(long)]
         assert cut == (not lengths and long[-1] != 1)

@@ -91,9 +91,7 @@ def test_top_p_keeps_the_crossing_token_and_no_more() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64).log()
     for top_p, kept in [(0.49, 1), (0.51, 2), (0.79, 2), (0.81, 3), (1.0, 3)]:
         assert int((law(logits, Sampling(top_p=top_p)) > 0).sum()) == kept, top_p
-    assert torch.allclose(
-        law(logits, Sampling(top_p=0.6)), torch.tensor([[0.625, 0.375, 0.0]], dtype=torch.float64)
-    )
+    assert torch.allclose(law(logits, Sampling(top_p=0.6)), torch.tensor([[0.625, 0.375, 0.0]], dtype=torch.float64))
 
 
 def test_ties() -> None:

@@ -21,11 +21,7 @@ def test_every_data_set_is_usable() -> None:
         items[name], _ = gym.draw(name, PARAMS.get(name, {}), seed=3, size=2)
         assert len({item.key for item in items[name]}) == 2, name
     assert len(items) >= 100
-    flat = [
-        (name, Item.from_dict(json.loads(json.dumps(item.to_dict()))))
-        for name in items
-        for item in items[name]
-    ]
+    flat = [(name, Item.from_dict(json.loads(json.dumps(item.to_dict())))) for name in items for item in items[name]]
     rewards = [RewardConfig(verifier="reasoning_gym", params={"extract": "response"})]
     config = TaskConfig(source="reasoning_gym:chain_sum", rewards=rewards, timeout=60)
     with Verifier(config) as verifier:

@@ -108,9 +108,7 @@ def test_the_order_of_a_file_changes_nothing(tmp_path: Path) -> None:
 
 def test_plain_prompts_can_stay_plain(tmp_path: Path) -> None:
     path = written(tmp_path / "mine.jsonl", {"q": "a", "a": 1}, {"q": "b", "a": 2})
-    task = load_task(
-        TaskConfig(source=path, chat=False, prompt_suffix="=", fields={"prompt": "q", "answer": "a"})
-    )
+    task = load_task(TaskConfig(source=path, chat=False, prompt_suffix="=", fields={"prompt": "q", "answer": "a"}))
     assert {item.prompt for item in (*task.train, *task.heldout)} == {"a =", "b ="}
 
 

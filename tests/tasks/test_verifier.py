@@ -42,9 +42,7 @@ def test_verifiers_that_cannot_hang_need_no_process(monkeypatch: pytest.MonkeyPa
 
 def test_an_answer_that_cannot_be_compared_is_a_counted_zero(caplog: pytest.LogCaptureFixture) -> None:
     with Verifier(TaskConfig(source="x.jsonl", rewards=[RewardConfig(verifier="number")])) as verifier:
-        scores = verifier.score(
-            [Item(prompt="q", answer="three")] * 2 + [Item(prompt="q", answer=3)], ["3"] * 3
-        )
+        scores = verifier.score([Item(prompt="q", answer="three")] * 2 + [Item(prompt="q", answer=3)], ["3"] * 3)
     assert (scores.rewards, scores.errors) == ([0.0, 0.0, 1.0], 2)
     assert "holds no number (reward 0 for 2 responses)" in scores.messages[0]
     assert scores.messages[0] in caplog.text
@@ -60,9 +58,7 @@ def test_empty_and_unequal_batches() -> None:
 
 def test_a_closed_verifier_starts_again(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def f(r, i): return 1", encoding="utf-8")
-    verifier = Verifier(
-        TaskConfig(source="x.jsonl", rewards=[RewardConfig(verifier=f"{tmp_path / 'mine.py'}:f")])
-    )
+    verifier = Verifier(TaskConfig(source="x.jsonl", rewards=[RewardConfig(verifier=f"{tmp_path / 'mine.py'}:f")]))
     for _ in range(2):
         with verifier:
             assert verifier.score([Item(prompt="q")], ["a"]).rewards == [1.0]

@@ -79,9 +79,7 @@ def test_surplus_groups_are_left_out(session: Session) -> None:
 
 
 def test_the_number_of_rounds_is_capped(session: Session) -> None:
-    got = collector(session, [[0.0, None, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]).collect(
-        session.trainer.algorithm, 0
-    )
+    got = collector(session, [[0.0, None, 0.0], [1.0, 1.0, 1.0], [0.0, 0.0, 0.0]]).collect(session.trainer.algorithm, 0)
     assert got.rounds == 3
     assert got.sampled_groups == 9
     assert got.rollouts.group_ids.tolist() == [0] * 4

@@ -11,9 +11,7 @@ from tokenloom.train.data import PromptStream, derive
 
 
 def task(*sizes: int) -> Task:
-    stages = tuple(
-        tuple(Item(None, f"{stage}-{i}", "", {}) for i in range(size)) for stage, size in enumerate(sizes)
-    )
+    stages = tuple(tuple(Item(None, f"{stage}-{i}", "", {}) for i in range(size)) for stage, size in enumerate(sizes))
     flat = [item for stage in stages for item in stage]
     return Task("made", flat, [], None, stages, "")
 

@@ -32,9 +32,7 @@ def test_the_quantities_are_those_of_the_algorithm(tiny: Tiny, tmp_path: Path, s
         expected = algorithm.coefficients(
             rollouts, signals, trainer.state, step=1, total_steps=3, generator=trainer._generator(1)
         )["logprobs"]
-        plan = algorithm.plan(
-            rollouts, signals, trainer.state, step=1, total_steps=3, generator=trainer._generator(1)
-        )
+        plan = algorithm.plan(rollouts, signals, trainer.state, step=1, total_steps=3, generator=trainer._generator(1))
         trainer.stream.restore(position)
         trainer.step(1)
     found = [line for line in lines(tmp_path, "tokens.jsonl") if line["step"] == 2]

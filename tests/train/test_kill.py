@@ -130,25 +130,32 @@ def finish(command: CommandLine, recipe: Path, run: Path) -> None:
 
 
 def test_random_kills(command: CommandLine, recipe: Path, whole: tuple[Path, float], tmp_path: Path) -> None:
+    """At 20 random moments or more; a run that comes to its end before that is followed by another."""
     undisturbed, seconds = whole
-    run, moments = tmp_path / "run", random.Random(0)
-    kills, reached = 0, []
-    # Up to the whole time: some die in their first milliseconds, most in the middle of a step, few get far.
-    while kills < 24:
-        status = command(*resume(recipe, run), seconds=seconds * min(moments.random(), moments.random()))
-        if status == 0:
-            break
-        assert status == KILLED, command.output.read_text(encoding="utf-8")
-        kills += 1
-        reached.append(len(lines_so_far(run)))
-    finish(command, recipe, run)
-    same_results(undisturbed, run)
-    assert len(set(reached)) > 3
+    moments, kills, number, reached = random.Random(0), 0, 0, set()
+    patience = seconds / 2
+    while kills < 20 or number == 0:
+        run = tmp_path / f"run-{number}"
+        while kills < 20:
+            before = lines_so_far(run)
+            status = command(*resume(recipe, run), seconds=patience * moments.random())
+            if status == 0:
+                break
+            assert status == KILLED, command.output.read_text(encoding="utf-8")
+            kills += 1
+            gained = lines_so_far(run) - before
+            reached.add(lines_so_far(run))
+            # However busy the machine is: a kill in every few steps, and some before the first.
+            patience *= 1.3 if gained <= 0 else 0.8
+        finish(command, recipe, run)
+        same_results(undisturbed, run)
+        number += 1
+    assert len(reached) > 3
 
 
-def lines_so_far(run: Path) -> list[bytes]:
+def lines_so_far(run: Path) -> int:
     file = run / "metrics.jsonl"
-    return file.read_bytes().splitlines() if file.exists() else []
+    return len(file.read_bytes().splitlines()) if file.exists() else 0
 
 
 CALLS = {"rename": 5, "replace": 4, "append": 9, "update": 5, "rollout": 5, "file": 7, "cut": 1, "model": 1}
@@ -158,9 +165,10 @@ CALLS = {"rename": 5, "replace": 4, "append": 9, "update": 5, "rollout": 5, "fil
 def test_kills_at_every_turn(
     command: CommandLine, recipe: Path, whole: tuple[Path, float], tmp_path: Path, what: str
 ) -> None:
-    """Before and after the first calls of each kind, of which each attempt makes some progress or none."""
+    """Before and after the first calls of each kind; what one attempt leaves behind, the next continues."""
     run = tmp_path / "run"
-    assert command(*resume(recipe, run), die=("update", 3, "after")) == KILLED
+    if what == "cut":
+        assert command(*resume(recipe, run), die=("update", 3, "after")) == KILLED
     kills = 0
     for count in range(1, CALLS[what] + 1):
         for when in ("before", "after"):
@@ -182,7 +190,7 @@ def test_a_kill_in_the_renames_of_every_checkpoint(
         turn += 1
         assert turn < 60
     assert turn >= 12
-    finish(command, recipe, run) if not json.loads((run / "run.json").read_text())["finished"] else None
+    finish(command, recipe, run)
     same_results(whole[0], run)
 
 
@@ -230,13 +238,13 @@ def test_a_curriculum_resumes(command: CommandLine, tiny: Tiny, tmp_path: Path) 
 
 def test_a_killed_process_leaves_no_lock(command: CommandLine, recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert command("train", recipe, "--out", run, REPORT, "train.steps=1", die=("update", 1, "after")) == KILLED
+    assert command("train", recipe, "--out", run, REPORT, "train.steps=3", die=("update", 1, "after")) == KILLED
     assert command("train", recipe, "--out", run, REPORT) == 2
     assert "already holds a run" in command.output.read_text(encoding="utf-8")
-    assert command("train", "--resume", run, "train.steps=2") == 2
+    assert command("train", "--resume", run, "train.steps=4") == 2
     assert "The recipe differs" in command.output.read_text(encoding="utf-8")
     assert command("train", "--resume", run) == 0
-    assert [line["step"] for line in lines(run)] == [0, 1, 1]
+    assert [line["step"] for line in lines(run)] == [0, 1, 2, 3, 3]
 
 
 @pytest.mark.slow

@@ -114,9 +114,7 @@ def test_micro_batches_do_not_change_the_step(tiny: Tiny, tmp_path: Path, algori
             assert b[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-3, abs=1e-5)), key
 
 
-def test_rows_without_effect_may_be_left_out(
-    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_without_effect_may_be_left_out(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = tiny.recipe(algorithm={"preset": "grpo", "kl_coef": 0.0}, train={"adam_eps": 1.0, "eval": EVAL})
     skipping, record = after(recipe, tmp_path / "skipping", 2)
     assert any(line["plan/live"] < 1 for line in record)

@@ -95,7 +95,11 @@ def test_without_gradients_nothing_changes() -> None:
 )
 def test_schedules(schedule: str, warmup: int, final: float, rates: list[float]) -> None:
     config = TrainConfig(
-        steps=5, learning_rate=2.0, schedule=schedule, warmup_steps=warmup, final_fraction=final  # type: ignore[arg-type]  # parametrized text
+        steps=5,
+        learning_rate=2.0,
+        schedule=schedule,
+        warmup_steps=warmup,
+        final_fraction=final,  # type: ignore[arg-type]  # parametrized text
     )
     optimizer = Optimizer(parameters(), config)
     assert [optimizer.learning_rate(s) for s in range(5)] == pytest.approx([2 * r for r in rates], abs=1e-12)

@@ -230,7 +230,22 @@ def test_yaml_that_is_no_plain_data_is_refused(text: str, says: str) -> None:
 def test_yaml_comes_back() -> None:
     data = {
         "numbers": [1, 1.0, 1e-5, 2.5e-11, 1e22, -math.inf, 0.1],
-        "text": ["1e-5", "1", "true", "null", "~", "2024-01-01", "", " x ", "a: b", "é\u2028\n", "1:30", "0x1", "on", "="],
+        "text": [
+            "1e-5",
+            "1",
+            "true",
+            "null",
+            "~",
+            "2024-01-01",
+            "",
+            " x ",
+            "a: b",
+            "é\u2028\n",
+            "1:30",
+            "0x1",
+            "on",
+            "=",
+        ],
         "nothing": [None, True, [], {}],
     }
     back = read_yaml(write_yaml(data), "r")

@@ -67,7 +67,14 @@ HOSTILE = "\ud800 \u2028 \x00 </script> \N{SNOWMAN}"
 
 
 def test_lines_hold_whatever_a_model_or_a_user_writes(run: RunFolder) -> None:
-    record = {"text": HOSTILE, "nan": math.nan, "inf": [-math.inf, 1.0], "answer": {1, 2}, "third": 1 / 3, "n": 123456789}
+    record = {
+        "text": HOSTILE,
+        "nan": math.nan,
+        "inf": [-math.inf, 1.0],
+        "answer": {1, 2},
+        "third": 1 / 3,
+        "n": 123456789,
+    }
     run.append("samples.jsonl", record)
     raw = (run.path / "samples.jsonl").read_bytes()
     assert raw.count(b"\n") == 1

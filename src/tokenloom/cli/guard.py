@@ -42,7 +42,7 @@ def guarded(function: Callable[P, R]) -> Callable[P, R]:
         try:
             return function(*args, **kwargs)
         except KeyboardInterrupt as stop:
-            console(stderr=True).print(str(stop) or "stopped", style="yellow")
+            console(stderr=True).print(str(stop) or "stopped", style="yellow", soft_wrap=True)
             raise typer.Exit(INTERRUPTED) from None
         except (OSError, ValueError, RuntimeError, ArithmeticError, ImportError) as error:
             if debugging() or isinstance(error, BrokenPipeError):

@@ -25,6 +25,7 @@ def model_source(name: str) -> str:
         return name
     if not (run / "model" / "config.json").is_file():
         raise UsageError(
-            f"the run {run} has no model yet: it is written at the end. Finish it with `{program()} train --resume {run}`"
+            f"the run {run} has no model yet: it is written at the end. Finish it with: "
+            f"{program()} train --resume {run}"
         )
     return str(run / "model")

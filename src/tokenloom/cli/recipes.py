@@ -37,7 +37,9 @@ def recipes(
         loaded = load_recipe(name, check_files=False)
         # A shipped recipe is printed as it was written, comments and all.
         written = not resolved and name in recipe_names()
-        text = (resources.files("tokenloom.recipes") / f"{name}.yaml").read_text("utf-8") if written else loaded.to_yaml()
+        text = (
+            (resources.files("tokenloom.recipes") / f"{name}.yaml").read_text("utf-8") if written else loaded.to_yaml()
+        )
         typer.echo(text.rstrip())
     elif resolved:
         raise UsageError(f"--resolved needs the NAME of a recipe, one of: {', '.join(recipe_names())}")

@@ -77,7 +77,7 @@ def train(
 
 def _source(recipe: str | None, overrides: list[str], resume: Path | None) -> tuple[str, list[str]]:
     if recipe is not None and "=" in recipe and not Path(recipe).exists():
-        recipe, overrides = None, [recipe, *overrides]
+        overrides, recipe = [recipe, *overrides], None
     for text in overrides:
         if "=" not in text:
             raise UsageError(f"{text!r} is not of the form section.key=value, and only one recipe can be given")

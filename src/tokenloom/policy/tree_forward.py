@@ -18,7 +18,6 @@ from tokenloom.policy.forward import needed_lengths, predicting_positions
 from tokenloom.policy.interface import Gathered, Trunk
 from tokenloom.policy.tree import BLOCKED, PrefixTree, ancestor_mask, build_tree, shared_lengths, sorted_rows
 
-
 ATTENTION_KEYS = 256
 """Keys whose attention costs a node as much as its matrix products; measured on a CPU with a 135M model."""
 

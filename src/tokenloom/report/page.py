@@ -49,9 +49,7 @@ def compare_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     payload = {
         "runs": [_run(d) | {"name": name} for d, name in zip(data, _labels(data), strict=True)],
         "charts": _charts(data),
-        "finals": [
-            {"key": key, "unit": meaning(key).unit, "values": values} for key, values in final_numbers(data)
-        ],
+        "finals": [{"key": key, "unit": meaning(key).unit, "values": values} for key, values in final_numbers(data)],
         "differences": [{"key": key, "values": values} for key, values in recipe_differences(data)],
     }
     return write_page(payload, _target(out, Path(out), "compare.html"))
@@ -165,9 +163,7 @@ def _outcome(before: dict[str, Any] | None, after: dict[str, Any] | None) -> str
         only = after or before or {}
         return "right" if only.get("correct") else "wrong"
     was, now = bool(before.get("correct")), bool(after.get("correct"))
-    return {(False, True): "learned", (True, False): "lost", (True, True): "kept", (False, False): "missed"}[
-        was, now
-    ]
+    return {(False, True): "learned", (True, False): "lost", (True, True): "kept", (False, False): "missed"}[was, now]
 
 
 def _answer(line: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -83,9 +83,7 @@ def _require_run(folder: Path) -> None:
     runs = [name for name in inside if any((folder / name / f).is_file() for f in RUN_FILES)]
     holds = f"it holds {', '.join(inside[:6])}{', …' if len(inside) > 6 else ''}" if inside else "it is empty"
     hint = f" Did you mean {folder / runs[-1]}?" if runs else ""
-    raise ValueError(
-        f"{folder} is not a run folder: none of {', '.join(RUN_FILES)} is in it ({holds}).{hint} {_HOW}"
-    )
+    raise ValueError(f"{folder} is not a run folder: none of {', '.join(RUN_FILES)} is in it ({holds}).{hint} {_HOW}")
 
 
 def _text(path: Path, notes: list[str], consequence: str) -> str:

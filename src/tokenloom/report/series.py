@@ -48,12 +48,8 @@ _KNOWN = {
     "reward": Meaning("Learning", "", "Mean reward of the step's responses."),
     "accuracy": Meaning("Learning", "%", "Responses of the step that the verifier calls right."),
     "eval/greedy": Meaning("Held-out", "%", "Held-out problems answered right by the most likely tokens."),
-    "eval/sampled": Meaning(
-        "Held-out", "%", "Held-out responses at the sampling temperature that are right."
-    ),
-    "entropy": Meaning(
-        "Behavior", "nats", "Mean entropy of the policy over sampled tokens; 0 is deterministic."
-    ),
+    "eval/sampled": Meaning("Held-out", "%", "Held-out responses at the sampling temperature that are right."),
+    "entropy": Meaning("Behavior", "nats", "Mean entropy of the policy over sampled tokens; 0 is deterministic."),
     "response_length": Meaning("Behavior", "tokens", "Mean tokens per response."),
     "truncated": Meaning("Behavior", "%", "Responses cut off at the maximal length."),
     "loss": Meaning("Optimization", "", "The minimized loss; its sign and size depend on the algorithm."),
@@ -80,9 +76,7 @@ def meaning(key: str) -> Meaning:
     prefix, _, leaf = key.rpartition("/")
     unit, about = _LEAVES.get(leaf, ("%" if leaf.endswith(("fraction", "accuracy")) else "", ""))
     if prefix in {"eval", "timing"}:
-        return Meaning(
-            {"eval": "Held-out", "timing": "Timing"}[prefix], unit or ("%" if "pass@" in leaf else "")
-        )
+        return Meaning({"eval": "Held-out", "timing": "Timing"}[prefix], unit or ("%" if "pass@" in leaf else ""))
     return Meaning(prefix.split("/")[0] if prefix else "Other", unit, about)
 
 

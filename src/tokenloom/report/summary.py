@@ -167,9 +167,7 @@ def _status(run: RunData, steps: int, planned: float | None) -> str:
 
 def _wall(info: dict[str, Any]) -> float | None:
     started, finished = _moment(info.get("started")), _moment(info.get("finished"))
-    return (
-        finished - started if started is not None and finished is not None and finished >= started else None
-    )
+    return finished - started if started is not None and finished is not None and finished >= started else None
 
 
 def _moment(value: Any) -> float | None:
@@ -198,9 +196,7 @@ def _leaves(settings: dict[str, Any]) -> Iterator[tuple[str, str]]:
         if item and (nested or isinstance(item, dict)):
             if level < MAX_DEPTH:
                 children = item.items() if isinstance(item, dict) else enumerate(item)
-                stack += [
-                    (f"{name}.{k}" if name else str(k), v, level + 1) for k, v in reversed(list(children))
-                ]
+                stack += [(f"{name}.{k}" if name else str(k), v, level + 1) for k, v in reversed(list(children))]
         elif name:
             given += 1
             yield name, printable(item if isinstance(item, str) else json.dumps(item, default=str), 120)

@@ -70,8 +70,7 @@ def sparkline(series: Series, console: Console, width: int = 20) -> Text:
     low, high = (min(finite), max(finite)) if finite else (0.0, 0.0)
     span = high - low
     marks = (
-        " " if m is None else bars[round((m - low) / span * (len(bars) - 1))] if span > 0 else bars[0]
-        for m in means
+        " " if m is None else bars[round((m - low) / span * (len(bars) - 1))] if span > 0 else bars[0] for m in means
     )
     return Text("".join(marks), style="cyan")
 

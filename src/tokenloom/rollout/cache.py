@@ -28,9 +28,7 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # the parent
         super().__init__()  # type: ignore[no-untyped-call]  # the parent has no annotations
         self._buffers: tuple[Tensor, Tensor] | None = None
 
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append the states of new tokens; returns all keys and values so far."""
         if self.keys is None or self.values is None:
             # The prefill: its rows are expanded to the group before anything is appended.

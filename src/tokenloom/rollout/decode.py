@@ -155,9 +155,7 @@ class _Record:
         self.counts = torch.zeros(rows, dtype=torch.int64, device=logits.device)
         self.ended = torch.zeros(rows, dtype=torch.bool, device=logits.device)
 
-    def write(
-        self, step: int, batch: Tensor, token: Tensor, logprob: Tensor, alive: Tensor, hit: Tensor
-    ) -> None:
+    def write(self, step: int, batch: Tensor, token: Tensor, logprob: Tensor, alive: Tensor, hit: Tensor) -> None:
         # Finished rows that are still in the batch write beyond their count, where nothing reads.
         self.tokens[batch, step], self.logprobs[batch, step] = token, logprob
         self.counts[batch] += alive

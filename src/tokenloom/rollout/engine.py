@@ -129,9 +129,7 @@ def model_positions(policy: Any) -> int | None:
 def _copies(copies: int | Sequence[int], prompts: int) -> list[int]:
     numbers = [copies] * prompts if isinstance(copies, int) else [int(c) for c in copies]
     if len(numbers) != prompts:
-        raise ValueError(
-            f"copies has {len(numbers)} numbers for {prompts} prompts; give one number, or one per prompt"
-        )
+        raise ValueError(f"copies has {len(numbers)} numbers for {prompts} prompts; give one number, or one per prompt")
     if any(number < 0 for number in numbers):
         raise ValueError(f"copies contains {min(numbers)}; a prompt is answered 0 times or more")
     return numbers
@@ -153,27 +151,19 @@ def _waves(requests: Sequence[Request], max_rows: int | None) -> Iterator[Sequen
         start = end
 
 
-def _check_requests(
-    policy: Any, requests: Sequence[Request], sampling: Sampling, max_rows: int | None
-) -> None:
+def _check_requests(policy: Any, requests: Sequence[Request], sampling: Sampling, max_rows: int | None) -> None:
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows is {max_rows}, must be >= 1, or None for no bound")
     if sampling.stop and policy.tokenizer is None:
-        raise ValueError(
-            "stop strings are found in decoded text and this policy has no tokenizer; use end tokens"
-        )
+        raise ValueError("stop strings are found in decoded text and this policy has no tokenizer; use end tokens")
     vocab = base_model(policy.model).get_input_embeddings().weight.shape[0]
     positions = model_positions(policy)
     for prompt in dict.fromkeys(r.prompt for r in requests):
         if not prompt:
-            raise ValueError(
-                "a prompt has no tokens; a model needs at least one to continue, such as its start token"
-            )
+            raise ValueError("a prompt has no tokens; a model needs at least one to continue, such as its start token")
         if min(prompt) < 0 or max(prompt) >= vocab:
             wrong = min(prompt) if min(prompt) < 0 else max(prompt)
-            raise ValueError(
-                f"a prompt contains token id {wrong}; this model's vocabulary is 0 to {vocab - 1}"
-            )
+            raise ValueError(f"a prompt contains token id {wrong}; this model's vocabulary is 0 to {vocab - 1}")
     for request in requests:
         if positions is not None and len(request.prompt) + request.max_tokens > positions:
             raise ValueError(

@@ -152,9 +152,7 @@ def _turn(policy: Any, episode: _Episode, response: Response, room: int, last: b
     if step.done or last:
         episode.truncated = response.truncated if step.done else True
         return
-    answer = answer_ids(
-        policy, step.observation or "", ended_by=ids[-1] if ended else None, chat=episode.chat
-    )
+    answer = answer_ids(policy, step.observation or "", ended_by=ids[-1] if ended else None, chat=episode.chat)
     if len(answer) < room - len(ids):
         episode.append(answer, None)
     else:

@@ -131,12 +131,7 @@ class Sampler:
         width = -(-vocab // _BLOCK) * _BLOCK
         dtype = _working(logits)
         kept = self._buffer
-        if (
-            kept.dtype != dtype
-            or kept.device != logits.device
-            or kept.shape[0] < b
-            or kept.shape[-1] != width
-        ):
+        if kept.dtype != dtype or kept.device != logits.device or kept.shape[0] < b or kept.shape[-1] != width:
             # Zeros: the columns beyond V must not weigh anything.
             self._buffer = torch.zeros(b, width, dtype=dtype, device=logits.device)
         whole = self._buffer[:b]

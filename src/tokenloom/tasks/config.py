@@ -43,9 +43,7 @@ def check_source(source: str) -> str:
         return source
     if colon and kind in ("reasoning_gym", "hf"):
         if not name.strip():
-            raise ValueError(
-                f"source {source!r} names no data set after the colon; a source is {SOURCE_FORMS}"
-            )
+            raise ValueError(f"source {source!r} names no data set after the colon; a source is {SOURCE_FORMS}")
         return source
     hint = ""
     if colon and re.fullmatch(r"\w[\w-]+", kind):
@@ -85,9 +83,7 @@ class SourceConfig(_Strict):
     params: SourceParams = Field(default_factory=dict)
     split: SplitName = "train"
     fields: FieldNames = Field(default_factory=dict)
-    weight: float = Field(
-        default=1.0, gt=0, allow_inf_nan=False, description="share of `size` among several sources"
-    )
+    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="share of `size` among several sources")
 
 
 class TaskConfig(_Strict):
@@ -112,9 +108,7 @@ class TaskConfig(_Strict):
         default=0.2,
         description="fraction (0 < x < 1) or count of problems never trained on, or a source of its own",
     )
-    chat: bool = Field(
-        default=True, description="show a plain prompt as a user message (False: text to continue)"
-    )
+    chat: bool = Field(default=True, description="show a plain prompt as a user message (False: text to continue)")
     system: str | None = Field(default=None, description="system message put before every chat")
     prompt_suffix: str = Field(default="", description="appended to the last user message, after a space")
     rewards: list[RewardConfig] = Field(
@@ -122,9 +116,7 @@ class TaskConfig(_Strict):
         description="default: reasoning_gym's own scorer for its data, `exact` otherwise",
     )
     workers: int = Field(default=2, ge=1, le=256, description="processes that run verifiers which could hang")
-    timeout: float = Field(
-        default=10.0, gt=0, le=3600, description="seconds a verifier may take for one response"
-    )
+    timeout: float = Field(default=10.0, gt=0, le=3600, description="seconds a verifier may take for one response")
     environment: str | None = Field(
         default=None,
         description="multi-turn environment: `calculator`, `package.module:Class`, or `file.py:Class`",
@@ -142,9 +134,7 @@ class TaskConfig(_Strict):
     @classmethod
     def _heldout_range(cls, heldout: int | float | SourceConfig) -> int | float | SourceConfig:
         if isinstance(heldout, float) and not 0 < heldout < 1:
-            raise ValueError(
-                f"a fraction must lie strictly between 0 and 1, got {heldout}; a count is a whole number"
-            )
+            raise ValueError(f"a fraction must lie strictly between 0 and 1, got {heldout}; a count is a whole number")
         if isinstance(heldout, int) and heldout < 1:
             raise ValueError(f"at least one problem must be held out, got {heldout}")
         return heldout

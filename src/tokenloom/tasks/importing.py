@@ -29,9 +29,7 @@ def split_target(target: str) -> tuple[str, str]:
         if not Path(module).is_file():
             raise ValueError(f"{target!r}: there is no file {module!r} (looked from {Path.cwd()})")
     elif not all(part.isidentifier() for part in module.split(".")):
-        raise ValueError(
-            f"{target!r}: {module!r} is neither a module name nor a path ending in .py; write {FORMS}"
-        )
+        raise ValueError(f"{target!r}: {module!r} is neither a module name nor a path ending in .py; write {FORMS}")
     return module, name
 
 

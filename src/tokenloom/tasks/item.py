@@ -33,9 +33,7 @@ class Item:
 
     def __post_init__(self) -> None:
         if (self.messages is None) == (self.prompt is None):
-            raise ValueError(
-                "an item has either `messages` (a chat) or `prompt` (plain text), exactly one of them"
-            )
+            raise ValueError("an item has either `messages` (a chat) or `prompt` (plain text), exactly one of them")
         if self.prompt is not None and not isinstance(self.prompt, str):
             raise ValueError(f"`prompt` must be text, got {type(self.prompt).__name__}")
         if self.messages is not None:
@@ -49,12 +47,8 @@ class Item:
         keys, Unicode composition, or blanks around a message. A plain prompt and a chat of one
         user message with the same text have the same key, since a model that saw one saw the other.
         """
-        chat = (
-            self.messages if self.messages is not None else ({"role": "user", "content": self.prompt or ""},)
-        )
-        normal = [
-            [message["role"], unicodedata.normalize("NFC", message["content"]).strip()] for message in chat
-        ]
+        chat = self.messages if self.messages is not None else ({"role": "user", "content": self.prompt or ""},)
+        normal = [[message["role"], unicodedata.normalize("NFC", message["content"]).strip()] for message in chat]
         return hashlib.sha256(json.dumps(normal).encode("ascii")).hexdigest()
 
     @property
@@ -84,13 +78,9 @@ def _checked_messages(messages: Any) -> tuple[Message, ...]:
     for position, message in enumerate(messages):
         where = f"message {position + 1} of {len(messages)}"
         if not isinstance(message, Mapping):
-            raise ValueError(
-                f"{where} must be an object with `role` and `content`, got {type(message).__name__}"
-            )
+            raise ValueError(f"{where} must be an object with `role` and `content`, got {type(message).__name__}")
         for name in ("role", "content"):
             if not isinstance(message.get(name), str):
-                found = (
-                    "is missing" if name not in message else f"is {type(message[name]).__name__}, not text"
-                )
+                found = "is missing" if name not in message else f"is {type(message[name]).__name__}, not text"
                 raise ValueError(f"`{name}` of {where} {found}")
     return tuple({"role": message["role"], "content": message["content"]} for message in messages)

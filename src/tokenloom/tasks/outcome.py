@@ -54,9 +54,7 @@ def _checked(result: Any) -> Outcome:
             raise ValueError(f"expected a number or (number, answer), got {len(result)} values")
         reward, answer = result
     if reward is None or isinstance(reward, str | bytes) or not hasattr(reward, "__float__"):
-        return Outcome(
-            problem="error", message=f"returned {type(reward).__name__} where a number is expected"
-        )
+        return Outcome(problem="error", message=f"returned {type(reward).__name__} where a number is expected")
     value = float(reward)
     if not math.isfinite(value):
         return Outcome(problem="error", message=f"returned {value}, which is not a finite number")
@@ -69,11 +67,7 @@ def _plain(answer: Any) -> Any:
         return answer[:_LONGEST_ANSWER]
     if answer is None or isinstance(answer, bool | int | float):
         # Whole numbers beyond the interpreter's digit limit cannot be written as JSON.
-        return (
-            answer
-            if not isinstance(answer, int) or answer.bit_length() < 4096
-            else hex(answer)[:_LONGEST_ANSWER]
-        )
+        return answer if not isinstance(answer, int) or answer.bit_length() < 4096 else hex(answer)[:_LONGEST_ANSWER]
     try:
         written = json.dumps(answer)
     except (TypeError, ValueError, RecursionError):

@@ -35,9 +35,7 @@ class WorkerPool:
     its remaining jobs become errors that say so. The next call tries again.
     """
 
-    def __init__(
-        self, verifiers: Sequence[tuple[str, Mapping[str, Any]]], *, workers: int, timeout: float
-    ) -> None:
+    def __init__(self, verifiers: Sequence[tuple[str, Mapping[str, Any]]], *, workers: int, timeout: float) -> None:
         self._setup = {
             "verifiers": [{"name": name, "params": dict(params)} for name, params in verifiers],
             "path": [entry or os.getcwd() for entry in sys.path],
@@ -80,9 +78,7 @@ class WorkerPool:
             return outcomes
         with ThreadPoolExecutor(threads, thread_name_prefix="tokenloom-verify") as executor:
             try:
-                futures = [
-                    executor.submit(self._drain, slot, jobs, waiting, outcomes) for slot in range(threads)
-                ]
+                futures = [executor.submit(self._drain, slot, jobs, waiting, outcomes) for slot in range(threads)]
                 for future in futures:
                     future.result()
             except BaseException:
@@ -98,9 +94,7 @@ class WorkerPool:
                 worker.kill()
                 self._slots[slot] = None
 
-    def _drain(
-        self, slot: int, jobs: Sequence[Job], waiting: queue.SimpleQueue[int], outcomes: list[Outcome]
-    ) -> None:
+    def _drain(self, slot: int, jobs: Sequence[Job], waiting: queue.SimpleQueue[int], outcomes: list[Outcome]) -> None:
         while not self._stopping:
             try:
                 index = waiting.get_nowait()

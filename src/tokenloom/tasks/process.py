@@ -88,9 +88,7 @@ class WorkerProcess:
             reply, timed_out = self._exchange(message, timeout)
         except (TypeError, ValueError, RecursionError) as error:
             # Nothing was sent, the worker is unharmed.
-            return Outcome(
-                problem="error", message=f"could not be given the item, which is not JSON: {error}"
-            )
+            return Outcome(problem="error", message=f"could not be given the item, which is not JSON: {error}")
         if timed_out:
             return Outcome(problem="timeout", message=f"took over {timeout:g} s and was killed")
         if reply is None:

@@ -39,9 +39,7 @@ class Split:
             "(checked by a hash of each prompt's content)"
         ]
         if self.duplicates:
-            lines.append(
-                f"{self.duplicates} of {self.drawn} items repeated an earlier prompt and were dropped"
-            )
+            lines.append(f"{self.duplicates} of {self.drawn} items repeated an earlier prompt and were dropped")
         if self.conflicts:
             shown = "; ".join(json.dumps(text[:60], ensure_ascii=False) for text in self.conflicts[:3])
             lines.append(
@@ -74,9 +72,7 @@ def heldout_count(total: int, heldout: float | int) -> int:
         ValueError: when fewer than two items exist or the count leaves no training item.
     """
     if total < 2:
-        raise ValueError(
-            f"a task needs at least 2 distinct problems (one to train on, one held out), found {total}"
-        )
+        raise ValueError(f"a task needs at least 2 distinct problems (one to train on, one held out), found {total}")
     if isinstance(heldout, float):
         return min(max(round(total * heldout), 1), total - 1)
     if not 1 <= heldout < total:
@@ -123,17 +119,11 @@ def split_given(train: Iterable[Item], heldout: Iterable[Item]) -> Split:
     held.sort(key=lambda item: item.key)
     if not apart or not held:
         side = "training" if not apart else "held-out"
-        raise ValueError(
-            f"the {side} side is empty after dropping repeated prompts and prompts found on both sides"
-        )
+        raise ValueError(f"the {side} side is empty after dropping repeated prompts and prompts found on both sides")
     shared = len(kept) - len(apart)
-    notes = (
-        (f"{shared} training items also appear in the held-out source and were dropped",) if shared else ()
-    )
+    notes = (f"{shared} training items also appear in the held-out source and were dropped",) if shared else ()
     drawn = len(kept) + dropped + len(held) + held_dropped
-    return Split(
-        tuple(apart), tuple(held), drawn, dropped + held_dropped, (*conflicts, *held_conflicts), notes
-    )
+    return Split(tuple(apart), tuple(held), drawn, dropped + held_dropped, (*conflicts, *held_conflicts), notes)
 
 
 def prove_disjoint(train: Sequence[Item], heldout: Sequence[Item]) -> None:

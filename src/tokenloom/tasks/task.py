@@ -56,9 +56,7 @@ def check_task(config: TaskConfig) -> None:
         else:
             jsonl.check(source.source)
             if source.params:
-                raise ValueError(
-                    f"a file has no parameters, got params={source.params} for {source.source!r}"
-                )
+                raise ValueError(f"a file has no parameters, got params={source.params} for {source.source!r}")
 
 
 def load_task(config: TaskConfig) -> Task:
@@ -126,9 +124,7 @@ def _shown(item: Item, config: TaskConfig) -> Item:
     if messages is None:
         return replace(item, prompt=_joined(item.prompt or "", config.prompt_suffix))
     if config.prompt_suffix:
-        last = max(
-            (i for i, message in enumerate(messages) if message["role"] == "user"), default=len(messages) - 1
-        )
+        last = max((i for i, message in enumerate(messages) if message["role"] == "user"), default=len(messages) - 1)
         content = _joined(messages[last]["content"], config.prompt_suffix)
         messages = (*messages[:last], {**messages[last], "content": content}, *messages[last + 1 :])
     if config.system is not None:

@@ -96,14 +96,11 @@ class Verifier:
         )
         return Scores(
             rewards=[
-                sum(
-                    reward.weight * outcome.reward for reward, outcome in zip(self._rewards, row, strict=True)
-                )
+                sum(reward.weight * outcome.reward for reward, outcome in zip(self._rewards, row, strict=True))
                 for row in zip(*outcomes, strict=True)
             ],
             components={
-                name: [outcome.reward for outcome in column]
-                for name, column in zip(self._names, outcomes, strict=True)
+                name: [outcome.reward for outcome in column] for name, column in zip(self._names, outcomes, strict=True)
             },
             answers=[
                 next((outcome.answer for outcome in row if outcome.answer is not None), None)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -128,7 +128,7 @@ def model_shape(recipe: Recipe, source: str) -> Shape:
         raise ValueError(f"cannot read the config of the model {source!r}: {str(error).splitlines()[0]}") from error
     text = config.get_text_config()
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
+        model = cast(Any, AutoModelForCausalLM).from_config(config)
     weights = sum(p.numel() for p in model.parameters())
     outer = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m}
     trained, lora = weights, recipe.model.lora

@@ -43,9 +43,7 @@ def build_config(name: str, params: Mapping[str, Any], *, seed: int, size: int) 
     values: dict[str, Any] = {}
     for key, value in params.items():
         if key in _OWN:
-            raise ValueError(
-                f"parameter {key!r} of reasoning_gym:{name} is set by {_OWN[key]}, not in `params`"
-            )
+            raise ValueError(f"parameter {key!r} of reasoning_gym:{name} is set by {_OWN[key]}, not in `params`")
         if key not in known:
             raise ValueError(unknown(f"parameter of reasoning_gym:{name}", key, known, limit=30))
         try:

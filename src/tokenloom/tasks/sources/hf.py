@@ -40,9 +40,7 @@ def read(name: str, params: Mapping[str, Any], split: str, fields: Mapping[str, 
     try:
         rows = load_dataset(name, split=split, **params)
     except Exception as error:  # the hub, the network and the file format all raise their own types
-        raise ValueError(
-            f"hf:{name} (split {split!r}) cannot be loaded: {type(error).__name__}: {error}"
-        ) from error
+        raise ValueError(f"hf:{name} (split {split!r}) cannot be loaded: {type(error).__name__}: {error}") from error
     chosen = _chosen_fields(list(rows.column_names), fields, f"hf:{name}")
     return [
         item_of_record(_plain(row), chosen, f"hf:{name}, split {split!r}, row {index}")
@@ -67,9 +65,7 @@ def _first(usual: tuple[str, ...], columns: list[str], where: str, name: str) ->
     for column in usual:
         if column in columns:
             return column
-    raise ValueError(
-        f"{where}: no column looks like the {name}; name it with `fields: {{{name}: ...}}` from {columns}"
-    )
+    raise ValueError(f"{where}: no column looks like the {name}; name it with `fields: {{{name}: ...}}` from {columns}")
 
 
 def _plain(row: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,9 +50,7 @@ def _item(line: str, fields: Mapping[str, str], where: str) -> Item:
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(
-            f"{where}: not JSON: {error.msg} at column {error.colno}; a line is {_EXAMPLE}"
-        ) from None
+        raise ValueError(f"{where}: not JSON: {error.msg} at column {error.colno}; a line is {_EXAMPLE}") from None
     except RecursionError:
         raise ValueError(f"{where}: nested too deeply") from None
     if not isinstance(record, dict):
@@ -82,9 +80,7 @@ def item_of_record(record: Mapping[str, Any], fields: Mapping[str, str], where: 
     metadata = {str(name): value for name, value in record.items() if name not in used}
     if present[0] == "prompt":
         if not isinstance(shown, str) or not shown.strip():
-            raise ValueError(
-                f"{where}: {names['prompt']!r} must be text that is not blank, got {shown!r:.80}"
-            )
+            raise ValueError(f"{where}: {names['prompt']!r} must be text that is not blank, got {shown!r:.80}")
         return Item(prompt=shown, answer=record[names["answer"]], metadata=metadata)
     try:
         return Item(messages=shown, answer=record[names["answer"]], metadata=metadata)

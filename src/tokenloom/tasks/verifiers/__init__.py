@@ -95,9 +95,7 @@ def _check_values(name: str, accepted: list[inspect.Parameter], params: Mapping[
         value, wanted = params[parameter.name], str(parameter.annotation)
         fits = isinstance(value, kinds[wanted]) and (wanted == "bool" or not isinstance(value, bool))
         if not fits:
-            raise ValueError(
-                f"parameter {parameter.name!r} of verifier {name!r} must be {wanted}, got {value!r}"
-            )
+            raise ValueError(f"parameter {parameter.name!r} of verifier {name!r} must be {wanted}, got {value!r}")
         if parameter.name == "pattern":
             _check_pattern(str(value))
     known_ways = getattr(importlib.import_module(BUILT_IN[name]), "EXTRACT", None)
@@ -109,6 +107,4 @@ def _check_pattern(pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise ValueError(
-            f"`pattern` of verifier 'regex' is not a regular expression: {error}: {pattern!r}"
-        ) from None
+        raise ValueError(f"`pattern` of verifier 'regex' is not a regular expression: {error}: {pattern!r}") from None

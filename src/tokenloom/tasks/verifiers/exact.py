@@ -5,9 +5,7 @@ from __future__ import annotations
 from tokenloom.tasks.item import Item
 
 
-def verify(
-    response: str, item: Item, *, case_sensitive: bool = True, strip: bool = True
-) -> tuple[float, str]:
+def verify(response: str, item: Item, *, case_sensitive: bool = True, strip: bool = True) -> tuple[float, str]:
     """1 if the response equals `str(item.answer)`, else 0; by default stripped and with case.
 
     Raises:
