@@ -130,8 +130,19 @@ def test_leftovers_of_a_kill_go_and_mean_nothing(tmp_path: Path) -> None:
     found = load_newest(tmp_path)
     assert found is not None
     assert found.step == 1
+    checkpoint.tidy(tmp_path, keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+    (tmp_path / ".writing-step-000003").mkdir()
     save(tmp_path, make(3), keep=1)
     assert [p.name for p in tmp_path.iterdir()] == ["step-000003"]
+
+
+def test_tidying_leaves_what_it_cannot_judge(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save(tmp_path, make(step), keep=3)
+    (tmp_path / "step-000004").mkdir()
+    checkpoint.tidy(tmp_path, keep=1)
+    assert steps(tmp_path) == [3, 4]
 
 
 def test_no_checkpoint_is_none(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 A checkpoint is a folder `checkpoints/step-000010` that appears by one rename, after everything in it was
 flushed to disk: trainable weights, optimizer, algorithm state, random states, data position, and the
 sizes of the run's .jsonl files. `manifest.json` lists the files with their sizes; a folder that does not match
-its manifest is passed over with a warning. What a kill leaves behind starts with a dot and goes with the next save.
+its manifest is passed over with a warning. What a kill leaves behind starts with a dot and goes when it is resumed.
 """
 
 from __future__ import annotations
@@ -45,8 +45,7 @@ class Checkpoint:
 def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     """Write a checkpoint under `folder` and remove all but the `keep` newest; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    for left in [*folder.glob(f"{_WRITING}*"), *folder.glob(f"{_REMOVING}*")]:
-        shutil.rmtree(left, ignore_errors=True)
+    _sweep(folder)
     target = folder / f"step-{checkpoint.step:06d}"
     temporary = folder / f"{_WRITING}{target.name}"
     temporary.mkdir()
@@ -64,11 +63,24 @@ def save(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
     os.rename(temporary, target)
     _flush(folder)
     # A damaged checkpoint, or one of later steps that were undone, must not push a whole one out.
-    found = {step: folder / f"step-{step:06d}" for step in steps(folder)}
-    whole = [step for step, path in found.items() if step <= checkpoint.step and not damage(path)]
-    for step in found.keys() - set(whole[-keep:]):
-        _remove(found[step])
+    for step in steps(folder):
+        path = folder / f"step-{step:06d}"
+        if step > checkpoint.step or damage(path):
+            _remove(path)
+    tidy(folder, keep=keep)
     return target
+
+
+def tidy(folder: Path, *, keep: int) -> None:
+    """Finish what a kill left unfinished: remove half-written and half-removed folders, and all but the newest."""
+    _sweep(folder)
+    for step in [s for s in steps(folder) if not damage(folder / f"step-{s:06d}")][:-keep]:
+        _remove(folder / f"step-{step:06d}")
+
+
+def _sweep(folder: Path) -> None:
+    for left in [*folder.glob(f"{_WRITING}*"), *folder.glob(f"{_REMOVING}*")]:
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def load_newest(folder: Path) -> Checkpoint | None:

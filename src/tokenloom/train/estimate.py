@@ -111,7 +111,7 @@ def estimate(recipe: Recipe, task: Task | None = None) -> Estimate:
             prompt_note,
             f"every response has {rollout.max_tokens} tokens, the most allowed; shorter ones take less of everything",
             f"the model runs at {EFFICIENCY:.0%} of the rate of bare matrix products, {rate / 1e9:,.0f} GFLOP/s, "
-            "measured just now",
+            "measured just now, and has the machine for itself",
             *([] if task is not None else ["time for evaluations is left out: the task was not loaded"]),
             *(["groups dropped and sampled anew are not counted"] if algorithm.refill else []),
         ],
@@ -151,16 +151,19 @@ def model_shape(recipe: Recipe, source: str) -> Shape:
 
 
 def matmul_rate(dtype: torch.dtype, hidden: int = 1024, inner: int = 4096, *, seconds: float = 0.3) -> float:
-    """Operations a second of [512, hidden] x [hidden, inner] products on the device that would train."""
+    """Operations a second of a [512, hidden] x [hidden, inner] product on the device that would train.
+
+    The best of those that fit into `seconds`: other programs only make a product slower.
+    """
     device = loading.pick_device(None)
     a = torch.randn(512, hidden, dtype=torch.float32).to(device, dtype)
     b = torch.randn(hidden, inner, dtype=torch.float32).to(device, dtype)
     float((a @ b).sum())  # the first product sets libraries up
-    done, started = 0, time.perf_counter()
-    while (spent := time.perf_counter() - started) < seconds or done < 2:
+    best, end = float("inf"), time.perf_counter() + seconds
+    while (started := time.perf_counter()) < end or best == float("inf"):
         float((a @ b)[0, 0])  # reading a number waits for the device
-        done += 1
-    return done * 2.0 * 512 * hidden * inner / spent
+        best = min(best, time.perf_counter() - started)
+    return 2.0 * 512 * hidden * inner / best
 
 
 def _adapted(name: str, module: Any, targets: str | Sequence[str], model: Any) -> bool:

@@ -351,6 +351,7 @@ class Trainer:
         if found is None:
             self.run.cut({})
             return 0
+        checkpoint.tidy(self.run.path / "checkpoints", keep=self.recipe.train.keep_checkpoints)
         self.policy.load_state_dict(found.weights)
         self.optimizer.load(found.optimizer)
         self.state, self.done = found.algorithm, found.step
