@@ -1,6 +1,6 @@
 """Draw the held-out accuracy of several runs of one recipe as an SVG, and print the table for the docs.
 
-    python scripts/quickstart_curves.py docs/assets/quickstart.svg runs/quickstart-001 runs/quickstart-002 ...
+python scripts/quickstart_curves.py docs/assets/quickstart.svg runs/quickstart-001 runs/quickstart-002 ...
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from tokenloom.cli.app import app
 
 
 def call(*arguments: object, **options: object) -> Result:
-    return CliRunner().invoke(app, [str(a) for a in arguments], **options)  # type: ignore[arg-type]  # click's own
+    # Wide, so that the length of a temporary folder's name wraps no line.
+    return CliRunner(env={"COLUMNS": "240"}).invoke(app, [str(a) for a in arguments], **options)  # type: ignore[arg-type]  # click's own
 
 
 @pytest.fixture(scope="module")

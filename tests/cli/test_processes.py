@@ -21,7 +21,21 @@ def start(folder: Path, *arguments: object, **extra: str) -> subprocess.Popen[st
     environment = os.environ | {"PYTHONPATH": str(SOURCE), "OMP_NUM_THREADS": "1"} | extra
     command = [sys.executable, "-m", "tokenloom", *map(str, arguments)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=folder, env=environment, stdout=pipe, stderr=pipe, text=True, encoding="utf-8")
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        encoding="utf-8",
+        # A shell that runs the tests in its background has them ignore Ctrl-C, which children inherit.
+        preexec_fn=None if sys.platform == "win32" else _hears_interrupts,
+    )
+
+
+def _hears_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="module")

@@ -317,7 +317,7 @@ def lives(pid: int) -> bool:
     return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
 
 
-def awaited(condition: object, seconds: float = 20.0) -> str:
+def awaited(condition: object, seconds: float = 60.0) -> str:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if value := condition():  # type: ignore[operator]  # any callable without arguments

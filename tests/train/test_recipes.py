@@ -81,7 +81,7 @@ def resolved(overrides: list[str], tmp: Path) -> dict[str, Any]:
         ("algorithm.kl_coef=high", "kl_coef = 'high' is not allowed; it takes a number"),
         # values out of range
         ("train.steps=0", "train.steps = 0: must be greater than or equal to 1"),
-        ("train.schedule=cosin", "train.schedule = 'cosin': must be 'constant', 'linear' or 'cosine'; did you mean 'cosine'"),
+        ("train.schedule=cosin", "'cosin': must be 'constant', 'linear' or 'cosine'; did you mean 'cosine'"),
         ("model.dtype=fp16", "model.dtype = 'fp16': must be 'float32' or 'bfloat16'"),
         ("rollout.temperature=0", "temperature 0 is greedy"),
         ("task.rewards=[{verifier: nubmer}]", "number"),

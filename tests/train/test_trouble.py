@@ -136,7 +136,7 @@ def test_an_existing_run_is_not_begun_again(tiny: Tiny, tmp_path: Path) -> None:
     train(tiny.recipe(), tmp_path)
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     for recipe in (tiny.recipe(), tiny.recipe(train={"steps": 1})):
-        with pytest.raises(ValueError, match="already holds a run.*--resume"):
+        with pytest.raises(ValueError, match=r"already holds a run.*--resume"):
             train(recipe, tmp_path)
     with pytest.raises(ValueError, match=r"differs.*train\.steps: 3 -> 5; train\.seed: 0 -> 1"):
         train(tiny.recipe(train={"steps": 5, "seed": 1}), tmp_path, resume=True)
