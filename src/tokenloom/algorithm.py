@@ -468,7 +468,7 @@ class Algorithm:
         outcomes = rollouts.rewards
         if outcomes is not None and not outcomes.is_floating_point():
             outcomes = outcomes.to(torch.float32 if signals.logprobs is None else signals.logprobs.dtype)
-        values |= {"outcomes": outcomes, "max_tokens": rollouts.sampling.max_tokens, "step": step}
+        values |= {"outcomes": outcomes, "max_tokens": rollouts.sampling.max_tokens or None, "step": step}
         device = rollouts.mask.device
         values |= {"total_steps": total, "generator": generator or _seeded(step, device)}
         values |= signals.detach().named()

@@ -23,6 +23,7 @@ from tokenloom.masked import row_index, valid_positions
 class Sampling:
     """Under what processing the tokens were drawn, and what `sampler_logprobs` refer to.
 
+    `max_tokens` is the longest response that could have been sampled, 0 when nobody said.
     `temperature` divides the logits (0 means greedy, recorded at temperature 1); `top_k` 0
     and `top_p` 1 mean no truncation. `processed` says which law `sampler_logprobs` record:
     True, the law actually sampled from (after truncation); False, the temperature-scaled
@@ -32,7 +33,7 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-    max_tokens: int = 16
+    max_tokens: int = 0
     stop: tuple[str, ...] = ()
     seed: int | None = None
     processed: bool = False

@@ -11,8 +11,9 @@ from safetensors.torch import load_file
 
 from cli.tiny_run import make_tiny_model, tiny_problems
 from tokenloom.train.events import Silent
-from tokenloom.train.loop import Outcome, Session
+from tokenloom.train.loop import Outcome
 from tokenloom.train.recipe import Recipe, build_recipe
+from tokenloom.train.session import Session
 
 EVAL = {"samples": 1, "problems": 3}
 

@@ -12,8 +12,8 @@ from tokenloom.tasks import Item, Task, Verifier
 from tokenloom.tasks.verify import Scores
 from tokenloom.train.collect import Collector
 from tokenloom.train.data import PromptStream
-from tokenloom.train.loop import Session
 from tokenloom.train.respond import Responder
+from tokenloom.train.session import Session
 from train.setups import EVAL, Tiny, lines
 
 

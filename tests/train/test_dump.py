@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from tokenloom.batch import Rollouts
 from tokenloom.train.dump import _whole_groups, save_bad_batch, token_lines
-from tokenloom.train.loop import Session
 from tokenloom.train.run import rounded
+from tokenloom.train.session import Session
 from train.setups import Tiny, lines
 
 

@@ -13,8 +13,8 @@ import torch
 from tokenloom.batch import Rollouts, Sampling
 from tokenloom.tasks import Item
 from tokenloom.train.evaluate import bootstrap, evaluate, pass_at_k, wilson
-from tokenloom.train.loop import Session
 from tokenloom.train.respond import Responder, Responses
+from tokenloom.train.session import Session
 from train.setups import EVAL, Tiny, lines
 
 

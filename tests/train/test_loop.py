@@ -12,8 +12,8 @@ import torch
 
 from tokenloom.catalog import presets
 from tokenloom.plan import Update
-from tokenloom.train.loop import Session
 from tokenloom.train.recipe import Recipe, build_recipe
+from tokenloom.train.session import Session
 from train.setups import EVAL, Remembers, Tiny, lines, same_results, steps, train, weights
 
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from tokenloom.batch import Rollouts
 from tokenloom.train import checkpoint
 from tokenloom.train.errors import TrainingDiverged
-from tokenloom.train.loop import Session
 from tokenloom.train.recipe import Recipe
+from tokenloom.train.session import Session
 from train.setups import EVAL, Remembers, Tiny, lines, steps, train
 
 NAN_PART = '''

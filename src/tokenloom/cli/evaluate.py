@@ -105,7 +105,7 @@ def _recipe(model: str, recipe: str | None, task: list[str]) -> Recipe:
 
 def _task(pairs: list[str]) -> dict[str, Any]:
     """A task section of key=value pairs, keys dotted, values YAML."""
-    import yaml
+    from tokenloom.train.plain import read_yaml
 
     section: dict[str, Any] = {}
     for text in pairs:
@@ -116,7 +116,7 @@ def _task(pairs: list[str]) -> dict[str, Any]:
             here = here.setdefault(name, {})
             if not isinstance(here, dict):
                 raise UsageError(f"--task {text!r}: {name} is set to a value already and has no keys")
-        here[last] = yaml.safe_load(value)
+        here[last] = read_yaml(value, f"--task {text!r}")
     return section
 
 

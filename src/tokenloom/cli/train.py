@@ -140,7 +140,7 @@ def _run(recipe: Recipe, run: Path, screen: Console, *, resume: bool, force: boo
     from tokenloom.cli.progress import progress_observer
 
     quiet_libraries(screen, warnings_only=quiet)
-    from tokenloom.train.loop import Session
+    from tokenloom.train.session import Session
 
     observer = progress_observer(recipe, screen, quiet=quiet)
     if not quiet:

@@ -28,6 +28,10 @@ class RolloutConfig(BaseModel):
         1.0, gt=0, le=1, description="Sample from the fewest tokens with this probability; 1: from all."
     )
     stop: tuple[str, ...] = Field((), description="Strings that end a response; they stay part of it.")
+    max_turns: int = Field(default=8, ge=1, description="Most turns of an episode, for tasks with an environment.")
+    total_tokens: int | None = Field(
+        default=None, ge=1, description="Longest episode in tokens, tool output included; unset: the model's positions."
+    )
     max_rows: int | None = Field(
         None, ge=1, description="Most responses decoded together, to bound memory; unset: all of a step."
     )

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +22,14 @@ from tokenloom.masked import masked_mean
 from tokenloom.plan import Metrics, Plan, Update
 from tokenloom.policy import Policy
 from tokenloom.signals import Signals
-from tokenloom.tasks import Task, Verifier, load_task
+from tokenloom.tasks import Task, Verifier
 from tokenloom.train import checkpoint
 from tokenloom.train.collect import Collected, Collector
 from tokenloom.train.data import PromptStream, derive
 from tokenloom.train.dump import save_bad_batch, token_lines
 from tokenloom.train.errors import TrainingDiverged
 from tokenloom.train.evaluate import Evaluation, evaluate
-from tokenloom.train.events import Observer, Observers
+from tokenloom.train.events import Observer
 from tokenloom.train.optim import Optimizer
 from tokenloom.train.recipe import Recipe
 from tokenloom.train.respond import Responder
@@ -65,11 +65,20 @@ class Trainer:
         self.algorithm = recipe.build_algorithm()
         self.optimizer = Optimizer(policy.trainable_parameters(), recipe.train)
         self.stream = PromptStream(task, recipe.train.seed)
-        self.responder = Responder(policy, verifier, environment=task.environment, max_rows=recipe.rollout.max_rows)
+        rollout = recipe.rollout
+        responder = partial(
+            Responder,
+            policy,
+            verifier,
+            environment=task.environment,
+            max_turns=rollout.max_turns,
+            total_tokens=rollout.total_tokens,
+        )
+        self.responder = responder(max_rows=rollout.max_rows)
         # An evaluation answers many more prompts than a step; in waves its cache stays as small as a step's.
-        step_rows = recipe.rollout.prompts_per_step * recipe.rollout.group_size
-        waves = recipe.rollout.max_rows or max(step_rows, min(256, _WAVE_TOKENS // recipe.rollout.max_tokens))
-        self.examiner = Responder(policy, verifier, environment=task.environment, max_rows=waves)
+        step_rows = rollout.prompts_per_step * rollout.group_size
+        waves = rollout.max_rows or max(step_rows, min(256, _WAVE_TOKENS // rollout.max_tokens))
+        self.examiner = responder(max_rows=waves)
         self.collector = Collector(recipe, self.responder, self.stream)
         self.state: dict[str, Any] = {}
         self.done = 0
@@ -387,72 +396,3 @@ def _plain(evaluation: Evaluation | None) -> dict[str, Any] | None:
 
 def _evaluation(plain: dict[str, Any] | None) -> Evaluation | None:
     return None if plain is None else Evaluation(**plain)
-
-
-class Session:
-    """Opens what a run needs (folder, task, verifiers, policy) and closes it again.
-
-    Raises:
-        ValueError: when the folder holds a run already and `resume` is not set, or its recipe differs and
-            `force` is not set. With `force` the run goes on under the new recipe, which replaces the old one.
-    """
-
-    def __init__(
-        self, recipe: Recipe, run: str | Path, observers: list[Observer], *, resume: bool = False, force: bool = False
-    ) -> None:
-        self.recipe, self.observer, self.resume, self.force = recipe, Observers(observers), resume, force
-        self.path = Path(run)
-
-    def __enter__(self) -> Self:
-        try:
-            self.run = RunFolder(self.path)
-            begun = self.run.begun
-            if begun and not self.resume:
-                raise ValueError(
-                    f"{str(self.path)!r} already holds a run. Continue it with `tokenloom train --resume {self.path}`, "
-                    "or choose another folder"
-                )
-            changed = self.run.changed(self.recipe)
-            if changed and not self.force:
-                shown = "; ".join(f"{k}: {old!r} -> {new!r}" for k, (old, new) in changed.items())
-                raise ValueError(f"the recipe differs from the one that {str(self.path)!r} was begun with: {shown}")
-            checkpoint.seed_random_states(derive(self.recipe.train.seed, "global"))
-            self.observer.message(f"loading the task {self.recipe.task.source or 'mixture'}")
-            task = load_task(self.recipe.task)
-            self.observer.message(task.report)
-            if not begun:
-                self.run.begin(self.recipe)
-            self.verifier = Verifier(self.recipe.task)
-            self.verifier.__enter__()
-            self.observer.message(f"loading the model {self.recipe.model.name}")
-            policy = Policy.load(config=self.recipe.model, seed=derive(self.recipe.train.seed, "adapters"))
-            self.trainer = Trainer(self.recipe, self.run, policy, task, self.verifier, self.observer)
-            if self.resume:
-                step = self.trainer.restore()
-                if changed:
-                    self.trainer.reconsider()
-                    # Only now: a recipe that the checkpoint does not fit must not replace the one that it does.
-                    self.run.begin(self.recipe)
-                self.observer.message(f"resuming after step {step}" if step else "resuming from the beginning")
-        except BaseException:
-            self.__exit__()
-            raise
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if hasattr(self, "verifier"):
-            self.verifier.close()
-        if hasattr(self, "run"):
-            self.run.close()
-        self.observer.close()
-
-
-def train(recipe: Recipe, run: str | Path, observers: list[Observer] | None = None, *, resume: bool = False) -> Outcome:
-    """Train as the recipe says, leaving everything in the folder `run`.
-
-    Raises:
-        ValueError: for a folder in use, a changed recipe, or a malformed task.
-        TrainingDiverged: when three steps in a row had no finite loss or gradient.
-    """
-    with Session(recipe, run, observers or [], resume=resume) as session:
-        return session.trainer.train()

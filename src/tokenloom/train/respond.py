@@ -42,8 +42,11 @@ class Responder:
         *,
         environment: EnvironmentFactory | None = None,
         max_rows: int | None = None,
+        max_turns: int = 8,
+        total_tokens: int | None = None,
     ) -> None:
         self.policy, self.verifier, self.environment, self.max_rows = policy, verifier, environment, max_rows
+        self.max_turns, self.total_tokens = max_turns, total_tokens
 
     def respond(
         self,
@@ -64,6 +67,8 @@ class Responder:
                 items,
                 sampling,
                 copies=copies,
+                max_turns=self.max_turns,
+                total_tokens=self.total_tokens,
                 generator=generator,
                 max_rows=self.max_rows,
                 shape_logits=shape_logits,
