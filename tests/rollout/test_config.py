@@ -15,7 +15,7 @@ def test_sampling() -> None:
     config = RolloutConfig(max_tokens=9, temperature=0.7, top_k=4, top_p=0.5, stop=["\n", "STOP"])
     expected = Sampling(temperature=0.7, top_k=4, top_p=0.5, max_tokens=9, stop=("\n", "STOP"), seed=3)
     assert config.sampling(3) == expected
-    assert RolloutConfig().sampling() == Sampling()
+    assert RolloutConfig().sampling() == Sampling(max_tokens=16)
     assert RolloutConfig(stop="\n").stop == ("\n",)
 
 

@@ -251,10 +251,10 @@ def test_end_token_at_the_limit_is_not_truncation() -> None:
 
 def test_edges() -> None:
     policy = policy_of()
-    empty = generate(policy, [], Sampling(seed=0), copies=4)
+    empty = generate(policy, [], Sampling(max_tokens=16, seed=0), copies=4)
     assert len(empty) == 0
     assert empty.truncated.shape == (0,)
-    assert len(generate(policy, prompts_of(3), Sampling(seed=0), copies=0)) == 0
+    assert len(generate(policy, prompts_of(3), Sampling(max_tokens=16, seed=0), copies=0)) == 0
     one = generate(policy, [torch.tensor([5])], Sampling(max_tokens=1, seed=0), copies=1)
     assert one.tokens.shape == (1, 1)
     some = generate(policy, prompts_of(3, 4, 5), Sampling(max_tokens=2, seed=0), copies=[2, 0, 1])
@@ -290,12 +290,12 @@ def test_progress() -> None:
         ([torch.tensor([5])], {"copies": [1, 2]}, "2 numbers for 1 prompts"),
         ([torch.tensor([5])], {"copies": -1}, "-1"),
         ([torch.tensor([5])], {"max_rows": 0}, "max_rows is 0"),
-        ([torch.tensor([5])], {"sampling": Sampling(stop=("x",))}, "no tokenizer"),
-        ([torch.tensor([5])], {"sampling": Sampling(temperature=-1.0)}, "temperature"),
+        ([torch.tensor([5])], {"sampling": Sampling(max_tokens=16, stop=("x",))}, "no tokenizer"),
+        ([torch.tensor([5])], {"sampling": Sampling(max_tokens=16, temperature=-1.0)}, "temperature"),
     ],
 )
 def test_mistakes_are_explained(prompts: list[Tensor], options: dict[str, object], words: str) -> None:
-    options = {"sampling": Sampling(), "copies": 1} | options
+    options = {"sampling": Sampling(max_tokens=16), "copies": 1} | options
     with pytest.raises(ValueError, match=words):
         generate(policy_of(), prompts, **options)  # type: ignore[arg-type]  # wrong on purpose
 
@@ -305,7 +305,7 @@ def test_diverged_weights_are_reported() -> None:
     with torch.no_grad():
         model.lm_head.weight.fill_(torch.nan)
     with pytest.raises(FloatingPointError, match="diverged"):
-        generate(StandIn(model), prompts_of(3), Sampling(seed=0), copies=2)
+        generate(StandIn(model), prompts_of(3), Sampling(max_tokens=16, seed=0), copies=2)
 
 
 def test_learned_positions_up_to_the_last() -> None:

@@ -112,11 +112,15 @@ def test_calculator_call_continues_the_turn() -> None:
 
 def test_an_answer_after_an_end_token_is_a_user_message() -> None:
     first, second = [*ids_of("hm"), 1], [*ids_of("ok"), 1]
-    out = play(policy_of(), lambda: Echo(2), [CHAT], Sampling(seed=0), shape_logits=planned(first, second))
+    out = play(
+        policy_of(), lambda: Echo(2), [CHAT], Sampling(max_tokens=16, seed=0), shape_logits=planned(first, second)
+    )
     glue = ids_of("\n<|im_start|>user\n", special=True)
     back = ids_of("<|im_end|>\n<|im_start|>assistant\n", special=True)
     assert out.response(0).tolist() == [*first, *glue, *ids_of("<result>7</result>"), *back, *second]
-    plain = play(policy_of(), lambda: Echo(2), [TEXT], Sampling(seed=0), shape_logits=planned(first, second))
+    plain = play(
+        policy_of(), lambda: Echo(2), [TEXT], Sampling(max_tokens=16, seed=0), shape_logits=planned(first, second)
+    )
     assert plain.response(0).tolist() == [*first, *ids_of("<result>7</result>"), *second]
 
 
@@ -189,5 +193,5 @@ def test_an_environment_that_raises_costs_its_episode(caplog: pytest.LogCaptureF
 def test_mistakes_are_explained() -> None:
     for name in ("copies", "max_turns", "total_tokens"):
         with pytest.raises(ValueError, match=f"{name} is 0"):
-            play(policy_of(), Echo, [TEXT], Sampling(seed=0), **{name: 0})
-    assert len(play(policy_of(), Echo, [], Sampling(seed=0))) == 0
+            play(policy_of(), Echo, [TEXT], Sampling(max_tokens=16, seed=0), **{name: 0})
+    assert len(play(policy_of(), Echo, [], Sampling(max_tokens=16, seed=0))) == 0

@@ -15,7 +15,7 @@ from tokenloom.rollout.randomness import UniformStreams, base_seed, row_key
 from tokenloom.rollout.sampler import Sampler, check_sampling, law
 
 PROCESSINGS = [
-    Sampling(),
+    Sampling(max_tokens=16),
     Sampling(temperature=0.5),
     Sampling(temperature=3.0, top_k=2),
     Sampling(top_p=0.6),
@@ -138,7 +138,7 @@ def test_greedy() -> None:
 
 def test_bf16_logits_and_a_shrinking_batch() -> None:
     logits = torch.randn(5, 300, generator=torch.Generator().manual_seed(6)).bfloat16()
-    sampler = Sampler(Sampling())
+    sampler = Sampler(Sampling(max_tokens=16))
     u = torch.rand(5, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     tokens, logprobs = sampler.draw(logits, u)
     assert logprobs.dtype == torch.float32
@@ -157,7 +157,7 @@ def test_bf16_logits_and_a_shrinking_batch() -> None:
         (Sampling(top_p=0.0), "top_p"),
         (Sampling(top_p=1.1), "top_p"),
         (Sampling(max_tokens=0), "max_tokens"),
-        (Sampling(stop=("",)), "stop"),
+        (Sampling(max_tokens=16, stop=("",)), "stop"),
     ],
 )
 def test_impossible_parameters_are_named(sampling: Sampling, word: str) -> None:
@@ -209,6 +209,6 @@ def test_enumeration_of_two_steps_matches_the_product_law() -> None:
     p = logits.softmax(-1)
     for a, b in itertools.product(range(3), range(3)):
         u = torch.stack([p[0, :a].sum() + p[0, a] / 2, p[1, :b].sum() + p[1, b] / 2])
-        tokens, logprobs = Sampler(Sampling()).draw(logits, u)
+        tokens, logprobs = Sampler(Sampling(max_tokens=16)).draw(logits, u)
         assert tokens.tolist() == [a, b]
         assert float(logprobs.sum()) == pytest.approx(float((p[0, a] * p[1, b]).log()), abs=1e-12)

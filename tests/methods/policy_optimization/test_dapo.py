@@ -104,11 +104,15 @@ def test_penalty_of_the_paper_is_a_fifth_of_the_longest_response() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [({}, "pass length"), ({"length": 10, "cache": 11}, "got 11"), ({"length": 9, "cache": 0}, "got 0")],
+    [({"length": 10, "cache": 11}, "got 11"), ({"length": 9, "cache": 0}, "got 0")],
 )
 def test_impossible_penalties_are_refused(arguments: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         overlong_penalty(torch.zeros(1), torch.ones(1), **arguments)
+
+
+def test_nothing_is_overlong_where_no_limit_is_known() -> None:
+    assert torch.equal(overlong_penalty(torch.tensor([1.0, 0.0]), torch.tensor([5, 10**6])), torch.tensor([1.0, 0.0]))
 
 
 def test_penalty_enters_the_advantage() -> None:

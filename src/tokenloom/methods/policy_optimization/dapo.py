@@ -28,10 +28,10 @@ def overlong_penalty(
     """Rewards [B] plus factor * penalty in [-1, 0].
 
     `length` is L_max in tokens (default `max_tokens`); `cache` is L_cache in tokens, or a fraction of L_max
-    below 1 (the paper's 4096 of 20480 is 0.2).
+    below 1 (the paper's 4096 of 20480 is 0.2). Where nobody said how long a response may be, none is overlong.
 
     Raises:
-        ValueError: when L_max is unknown or the cache does not lie in (0, L_max].
+        ValueError: when the cache does not lie in (0, L_max].
 
     >>> import torch
     >>> overlong_penalty(torch.zeros(3), torch.tensor([80, 90, 100]), 100, cache=20)
@@ -39,7 +39,7 @@ def overlong_penalty(
     """
     longest = length or max_tokens
     if longest is None:
-        raise ValueError("the overlong penalty needs the longest response: pass length")
+        return rewards
     margin = cache * longest if cache < 1 else cache
     if not 0 < margin <= longest:
         raise ValueError(f"the cache must lie in (0, {longest}] tokens, got {margin:g}")
