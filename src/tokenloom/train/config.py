@@ -70,5 +70,5 @@ class LogConfig(BaseModel):
     project: str = Field("tokenloom", description="Project name for the trackers.")
     tokens_every: int = Field(10, ge=0, description="Steps between dumps of per-token quantities; 0: never.")
     tokens_rows: int = Field(32, ge=1, description="Most responses per dump; whole groups are taken first.")
-    samples: int = Field(8, ge=0, description="Held-out answers kept before and after training.")
+    samples: int = Field(24, ge=0, description="Held-out answers kept before and after training.")
     report: bool = Field(True, description="Write report.html at the end.")
