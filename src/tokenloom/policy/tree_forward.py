@@ -141,8 +141,11 @@ class TreeForward:
                 at.append(i * width + nodes[positions[here]])
         index = torch.cat(chosen)
         flat = hidden.reshape(-1, hidden.shape[-1])
+        # Not flat[...]: its backward adds the gradients of a shared node in the order in which threads come by.
         return Gathered(
-            flat[torch.cat(at).to(self.device)], rows[index].to(self.device), columns[index].to(self.device)
+            flat.index_select(0, torch.cat(at).to(self.device)),
+            rows[index].to(self.device),
+            columns[index].to(self.device),
         )
 
 
