@@ -11,7 +11,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
@@ -47,7 +47,8 @@ class Rollouts:
     int64 tensors [P_i]; `tokens` [B, T] int64; `lengths` [B] int64 valid response tokens (tool
     output included); `mask` [B, T] bool, True where the policy sampled the token; `group_ids`
     [B] int64, the prompt a row answers, in any order and any group size; `rewards` [B] float,
-    NaN for a response that could not be scored.
+    NaN for a response that could not be scored; `extras`, [B] or [B, T] by name, is what parts asked to be
+    collected beside the responses (`vocabulary.EXTRAS`).
 
     Raises:
         ValueError: when shapes disagree or `mask` reaches beyond `lengths`.
@@ -66,6 +67,7 @@ class Rollouts:
     sampler_logprobs: Tensor | None = None
     sampling: Sampling = Sampling()
     policy_version: Tensor | None = None
+    extras: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.tokens.ndim != 2:
@@ -81,6 +83,9 @@ class Rollouts:
         for name, value in self.reward_components.items():
             if tuple(value.shape) != (b,):
                 raise ValueError(f"reward component {name!r} has shape {tuple(value.shape)}, expected {(b,)}")
+        for name, value in self.extras.items():
+            if tuple(value.shape) not in ((b,), (b, t)):
+                raise ValueError(f"extra {name!r} has shape {tuple(value.shape)}, expected {(b,)} or {(b, t)}")
         for name in ("prompt_tokens", "answers", "prompts"):
             value = getattr(self, name)
             if value is not None and len(value) != b:
@@ -158,7 +163,7 @@ class Rollouts:
         """
         at = row_index(index)
         chosen = at.tolist()
-        changes: dict[str, Any] = {"reward_components": {k: v[at] for k, v in self.reward_components.items()}}
+        changes: dict[str, Any] = {n: {k: v[at] for k, v in getattr(self, n).items()} for n in _TABLES}
         for name in _TENSORS:
             value = getattr(self, name)
             changes[name] = None if value is None else value[at]
@@ -192,12 +197,14 @@ class Rollouts:
                 changes[name] = tuple(x for v in values for x in v)
             else:
                 changes[name] = torch.cat([_widen(v, t) if v.ndim == 2 else v for v in values])
-        names = {tuple(sorted(p.reward_components)) for p in parts}
-        if len(names) > 1:
-            raise ValueError(f"the batches name different reward components: {sorted(names)}")
-        changes["reward_components"] = {
-            k: torch.cat([p.reward_components[k] for p in parts]) for k in parts[0].reward_components
-        }
+        for table in _TABLES:
+            entries = [getattr(p, table) for p in parts]
+            names = {tuple(sorted(e)) for e in entries}
+            if len(names) > 1:
+                raise ValueError(f"the batches name different {table.replace('_', ' ')}: {sorted(names)}")
+            changes[table] = {
+                k: torch.cat([_widen(e[k], t) if e[k].ndim == 2 else e[k] for e in entries]) for k in entries[0]
+            }
         return replace(parts[0], **changes)
 
     def response(self, row: int) -> Tensor:
@@ -212,7 +219,7 @@ class Rollouts:
         target.mkdir(parents=True, exist_ok=True)
         # Cloned, because safetensors refuses tensors that share memory, as rewards and a component often do.
         tensors = {n: _owned(getattr(self, n)) for n in _TENSORS if getattr(self, n) is not None}
-        tensors |= {f"reward_components.{k}": _owned(v) for k, v in self.reward_components.items()}
+        tensors |= {f"{n}.{k}": _owned(v) for n in _TABLES for k, v in getattr(self, n).items()}
         tensors["prompt_tokens"] = (
             torch.cat(self.prompt_tokens) if self.prompt_tokens else torch.zeros(0, dtype=torch.int64)
         )
@@ -232,21 +239,25 @@ class Rollouts:
         prompt_lengths = tensors.pop("prompt_lengths").tolist()
         joined = tensors.pop("prompt_tokens")
         prompt_tokens = tuple(torch.split(joined, prompt_lengths)) if prompt_lengths else ()
-        head = "reward_components."
-        components = {k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)}
+        tables: dict[str, dict[str, Tensor]] = {n: {} for n in _TABLES}
+        for key in [k for k in tensors if k.split(".")[0] in _TABLES]:
+            table, _, name = key.partition(".")
+            tables[table][name] = tensors.pop(key)
         sampling = meta["sampling"] | {"stop": tuple(meta["sampling"]["stop"])}
         return cls(
             prompt_tokens=prompt_tokens,
-            reward_components=components,
             answers=None if meta["answers"] is None else tuple(meta["answers"]),
             prompts=None if meta["prompts"] is None else tuple(meta["prompts"]),
             sampling=Sampling(**sampling),
-            **{k: v for k, v in tensors.items() if not k.startswith(head)},
+            reward_components=tables["reward_components"],
+            extras=tables["extras"],
+            **cast(dict[str, Any], tensors),
         )
 
 
 _LISTS = ("prompt_tokens", "answers", "prompts")
-_TENSORS = tuple(f.name for f in fields(Rollouts) if f.name not in (*_LISTS, "reward_components", "sampling"))
+_TABLES = ("reward_components", "extras")
+_TENSORS = tuple(f.name for f in fields(Rollouts) if f.name not in (*_LISTS, *_TABLES, "sampling"))
 
 
 def _owned(x: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from tokenloom.vocabulary import known_names
 
 Stage = Literal[
     "sampling", "reward", "advantage", "select", "credit", "weight", "aggregate",
-    "log_ratio", "bounds", "surrogate", "term", "updates", "metric",
+    "log_ratio", "bounds", "surrogate", "term", "updates", "blend", "metric",
 ]  # fmt: skip
 Scope = Literal["token", "row", "group", "batch"]
 F = TypeVar("F", bound=Callable[..., Any])
@@ -155,7 +155,8 @@ def part(
         inputs, hyperparameters = signature_inputs(name, function)
         if multiplier is not None:
             signature_inputs(f"{name} (multiplier)", multiplier)
-        reserved = {"part"} | ({"coef", "aggregate", "weight"} if stage == "term" else set())
+        own = {"term": {"coef", "aggregate", "weight"}, "blend": {"advantage", "surrogate"}}
+        reserved = {"part"} | own.get(stage, set())
         if taken := reserved & set(hyperparameters):
             raise ValueError(f"part {name!r}: recipes use {sorted(taken)} themselves; rename the hyperparameter")
         made = Part(

@@ -72,6 +72,27 @@ class Term:
         return f"{self.coef} x {self.part}{extra}"
 
 
+@dataclass(frozen=True)
+class Blend:
+    """A second (advantage, surrogate) branch: objective = share * first + (1 - share) * second.
+
+    `part` gives the first branch's share in [0, 1], [B] or [B, T]; `surrogate=None` uses the first branch's.
+    """
+
+    part: Bound
+    advantage: Bound
+    surrogate: Bound | None = None
+
+    def recipe(self) -> dict[str, Any]:
+        """The mapping that `parse_blend` reads back."""
+        out = self.part.recipe() | {"advantage": self.advantage.recipe()}
+        return out | ({"surrogate": self.surrogate.recipe()} if self.surrogate else {})
+
+    def __str__(self) -> str:
+        extra = f", surrogate {self.surrogate}" if self.surrogate else ""
+        return f"{self.part}, advantage {self.advantage}{extra}"
+
+
 PartSpec = str | Mapping[str, Any] | Bound
 
 
@@ -148,6 +169,27 @@ def parse_term(spec: str | Mapping[str, Any] | Term, current: Term | None = None
     if "weight" in spec:
         weight = parse_many("weight", spec["weight"], weight)
     return Term(part, coef, aggregate, weight)
+
+
+def parse_blend(spec: Mapping[str, Any] | Blend | None, current: Blend | None = None) -> Blend | None:
+    """Read the blend: a mapping with `part`, `advantage`, `surrogate` and the part's parameters; null removes it."""
+    if spec is None or isinstance(spec, Blend):
+        return spec
+    if not isinstance(spec, Mapping):
+        raise ValueError(f"blend: expected a mapping with 'part' and 'advantage', or null, got {spec!r}")
+    own = {k: v for k, v in spec.items() if k not in ("advantage", "surrogate")}
+    part = parse("blend", own, current.part if current else None)
+    if "advantage" not in spec and current is None:
+        raise ValueError(f"blend: {part.part.name}: name the second branch's 'advantage'")
+    advantage = current.advantage if current else None
+    if "advantage" in spec:
+        advantage = parse("advantage", spec["advantage"], advantage)
+    surrogate = current.surrogate if current else None
+    if "surrogate" in spec:
+        given = spec["surrogate"]
+        surrogate = None if given is None else parse("surrogate", given, surrogate)
+    assert advantage is not None
+    return Blend(part, advantage, surrogate)
 
 
 def parse_terms(spec: Any, current: Sequence[Term]) -> tuple[Term, ...]:

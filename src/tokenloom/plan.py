@@ -11,20 +11,24 @@ from torch import Tensor
 
 from tokenloom.masked import row_index
 
+GIVEN = "given/"
+"""Prefix of an update's tensors that are inputs of signals, not of parts."""
+
 
 @dataclass(frozen=True, eq=False)
 class Update:
     """One optimizer step's share of a plan: everything that the loss reads and the policy does not say.
 
     `rows` [n] int64 index the batch; every tensor of `tensors` has first dimension n; `constants` are
-    the step and the like. Indexing gives a micro-batch: the sum of the losses of any split equals the
+    the step and the like; `live` [n, T] says which tokens can have an effect, the only ones whose signals the
+    loss reads. Indexing gives a micro-batch: the sum of the losses of any split equals the
     loss of the whole, because normalization was settled in the plan.
     """
 
     rows: Tensor
     tensors: dict[str, Tensor]
     constants: dict[str, Any] = field(default_factory=dict)
-    live: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    live: Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
     whole: bool = True
 
     def __len__(self) -> int:
@@ -43,7 +47,12 @@ class Update:
     @property
     def live_rows(self) -> Tensor:
         """Positions within the update [m] whose gradient can be non-zero; the others may be left out of the model."""
-        return self.live.nonzero().reshape(-1)
+        return self.live.any(-1).nonzero().reshape(-1)
+
+    @property
+    def given(self) -> dict[str, Tensor]:
+        """Signals taken before the update that signals of the loss take as inputs, [n, T] or [n, T, K] by name."""
+        return {k.removeprefix(GIVEN): v for k, v in self.tensors.items() if k.startswith(GIVEN)}
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,10 +16,11 @@ from torch import Tensor
 from tokenloom.algorithm import Algorithm
 from tokenloom.batch import Rollouts, Sampling
 from tokenloom.catalog import Part, get_part, parts
-from tokenloom.composition import Bound, Term
+from tokenloom.composition import Blend, Bound, Term
 from tokenloom.context import Context
 from tokenloom.masked import valid_positions
-from tokenloom.signals import CHUNK_SIGNALS, Signals
+from tokenloom.planning import plan_context
+from tokenloom.signals import CHUNK_SIGNALS, Signals, signal_example, signal_names
 
 HOSTILE = (float("nan"), float("inf"), float("-inf"))
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
@@ -110,6 +111,10 @@ def random_batch(
         sampler_logprobs=-2 * uniform(rows, width),
         sampling=Sampling(max_tokens=width + 2),
         policy_version=torch.zeros(rows, dtype=torch.int64),
+        extras={
+            "reference_rewards": torch.randint(0, 3, (rows,), generator=g).to(dtype) / 2,
+            "answer_mask": mask & (torch.arange(width) >= lengths[:, None] - 2),
+        },
     )
     logprobs = -2 * uniform(rows, width) - 0.05
     noise = torch.randn(rows, width, generator=g, dtype=dtype).clamp(-3, 3)
@@ -120,15 +125,14 @@ def random_batch(
         entropies=2 * uniform(rows, width),
         values=uniform(rows, width),
         old_values=uniform(rows, width),
-        extras={name: uniform(rows, width) for name in CHUNK_SIGNALS},
+        extras={name: signal_example(name, rows, width, g).to(dtype) for name in signal_names()},
     )
     return rollouts, signals
 
 
 def vocabulary_values(rollouts: Rollouts, signals: Signals, *, seed: int = 0) -> dict[str, Any]:
     """Every vocabulary name with a value that fits the batch."""
-    base = Algorithm.compose(advantage="grpo", surrogate="importance")
-    ctx = Context(base._context(rollouts, signals, 3, 10, None).values, rollouts.mask)
+    ctx = plan_context(rollouts, signals, 3, 10, None)
     g = torch.Generator().manual_seed(seed)
     assert signals.logprobs is not None
     assert signals.old_logprobs is not None
@@ -140,6 +144,8 @@ def vocabulary_values(rollouts: Rollouts, signals: Signals, *, seed: int = 0) ->
     values |= {
         "advantages": noise,
         "returns": noise.roll(1, 0),
+        "blend_advantages": noise.roll(2, 0),
+        "blend": torch.full_like(noise, 0.25),
         "weights": noise.abs(),
         "keep": torch.ones(len(rollouts), dtype=torch.bool),
         "log_ratio": log_ratio,
@@ -173,6 +179,7 @@ _RESULTS = {
     "credit": "advantages",
     "weight": "weights",
     "updates": "rows",
+    "blend": "blend",
 }
 
 # -- laws of results --------------------------------------------------------------------------------
@@ -186,7 +193,7 @@ def _gives_tokens(part: Part) -> bool:
 
 
 def _gives_tensor(part: Part) -> bool:
-    return part.stage in (*_TOKEN_STAGES, "reward", "select")
+    return part.stage in (*_TOKEN_STAGES, "reward", "select", "blend")
 
 
 @_law(_gives_tensor)
@@ -284,7 +291,9 @@ def _tokens_do_not_see_each_other(part: Part) -> None:
     out = evaluate(part, values)
     shape = rollouts.mask.shape
     for t in range(shape[1]):
-        column = {k: v[:, t : t + 1] if isinstance(v, Tensor) and v.shape == shape else v for k, v in values.items()}
+        column = {
+            k: v[:, t : t + 1] if isinstance(v, Tensor) and v.shape[:2] == shape else v for k, v in values.items()
+        }
         same(out[:, t : t + 1], evaluate(part, column), f"{part.name}: scope 'token', but other tokens matter")
 
 
@@ -322,7 +331,14 @@ def _never_negative(part: Part) -> None:
     assert bool((evaluate(part, vocabulary_values(rollouts, signals)) >= 0).all()), f"{part.name}: negative result"
 
 
-@_law(lambda p: p.stage in ("advantage", "credit", "weight", "aggregate"))
+@_law(lambda p: p.stage == "blend")
+def _shares_lie_between_zero_and_one(part: Part) -> None:
+    rollouts, signals = random_batch(21)
+    out = evaluate(part, vocabulary_values(rollouts, signals))
+    assert bool(((out >= 0) & (out <= 1)).all()), f"{part.name}: a share outside [0, 1]"
+
+
+@_law(lambda p: p.stage in ("advantage", "credit", "weight", "aggregate", "blend"))
 def _carries_no_gradient(part: Part) -> None:
     rollouts, signals = random_batch(12)
     out = evaluate(part, _with_gradients(vocabulary_values(rollouts, signals)))
@@ -388,7 +404,8 @@ def _grid() -> tuple[Context, Tensor, Tensor]:
     mask = torch.ones_like(ratio, dtype=torch.bool)
     values = {"logprobs": leaf, "old_logprobs": old, "log_ratio": leaf - old, "advantages": advantages}
     values |= {n: torch.full_like(old, 0.4) for n in ("entropies", "values", "old_values", "ref_logprobs", "weights")}
-    values |= {n: torch.full_like(old, 0.4) for n in CHUNK_SIGNALS}
+    g = torch.Generator().manual_seed(0)
+    values |= {n: signal_example(n, old.shape[0], old.shape[1], g) for n in signal_names()}
     return Context(values | {"lo": lo, "hi": hi, "cap": cap}, mask), leaf, advantages
 
 
@@ -403,6 +420,8 @@ def host(part: Part) -> Algorithm:
     bound = Bound(part)
     if part.stage == "term":
         return base.override(terms=[Term(bound, 0.3)])
+    if part.stage == "blend":
+        return base.override(blend=Blend(bound, base.override(advantage="reinforce").advantage))
     single = part.stage in ("advantage", "aggregate", "log_ratio", "bounds", "surrogate", "updates")
     return base.override(**{part.stage: bound if single else [bound]})
 
@@ -502,8 +521,10 @@ def _with_gradients(values: dict[str, Any]) -> dict[str, Any]:
 
 def _poison(values: dict[str, Any], mask: Tensor, fill: float) -> dict[str, Any]:
     def poisoned(v: Any) -> Any:
-        hit = _is_float_tensor(v) and v.shape == mask.shape
-        return torch.where(mask, v, torch.full((), fill, dtype=v.dtype)) if hit else v
+        if not (_is_float_tensor(v) and v.shape[:2] == mask.shape):
+            return v
+        inside = mask if v.ndim == 2 else mask[..., None]
+        return torch.where(inside, v, torch.full((), fill, dtype=v.dtype))
 
     return {k: poisoned(v) for k, v in values.items()}
 
@@ -513,8 +534,8 @@ def _is_float_tensor(value: Any) -> bool:
 
 
 def _pad(value: Any, width: int, by: int) -> Any:
-    wide = isinstance(value, Tensor) and value.ndim == 2 and value.shape[1] == width
-    return torch.nn.functional.pad(value, (0, by)) if wide else value
+    wide = isinstance(value, Tensor) and value.ndim >= 2 and value.shape[1] == width
+    return torch.nn.functional.pad(value, (0, 0) * (value.ndim - 2) + (0, by)) if wide else value
 
 
 def _take(value: Any, rows: Tensor, number: int) -> Any:

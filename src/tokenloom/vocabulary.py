@@ -6,7 +6,13 @@ B rows, T response tokens. Everything a plan-time part sees is without gradient.
 
 from __future__ import annotations
 
-from tokenloom.signals import CHUNK_SIGNALS
+from tokenloom.signals import signal_names
+
+EXTRAS: dict[str, str] = {
+    "reference_rewards": "[B] reward of one response of the frozen reference to the row's prompt",
+    "answer_mask": "[B, T] bool, the token belongs to the final answer; all False where none was found",
+}
+"""What is collected beside the responses when a part asks for it, into `Rollouts.extras`."""
 
 VOCABULARY: dict[str, str] = {
     # rollouts
@@ -20,6 +26,8 @@ VOCABULARY: dict[str, str] = {
     "sampler_logprobs": "[B, T] log-probs as the sampling engine reported them",
     "policy_version": "[B] int64, the weights that produced the row",
     "max_tokens": "int, the longest response that could have been sampled",
+    # collected on demand
+    **EXTRAS,
     # rewards
     "outcomes": "[B] rewards as the verifiers gave them, before the reward stage",
     "rewards": "[B] rewards after the reward stage; NaN marks a row that could not be scored",
@@ -34,6 +42,8 @@ VOCABULARY: dict[str, str] = {
     # what stages hand on
     "advantages": "[B, T]",
     "returns": "[B, T] regression targets of the critic",
+    "blend_advantages": "[B, T] advantages of the second branch",
+    "blend": "[B, T] share of the first branch, in [0, 1]",
     "keep": "[B] bool, rows that survive the select stage",
     "weights": "[B, T] product of the plan-time weight parts so far",
     "log_ratio": "[B, T] from the log_ratio stage, with gradient",
@@ -55,5 +65,5 @@ CURRENT = frozenset({"logprobs", "log_ratio", "ratio"})
 
 
 def known_names() -> list[str]:
-    """Every injectable name, chunk signals included."""
-    return [*VOCABULARY, *CHUNK_SIGNALS]
+    """Every injectable name, registered signals included."""
+    return [*VOCABULARY, *signal_names()]

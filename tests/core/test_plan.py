@@ -15,7 +15,7 @@ def made() -> Update:
         rows=torch.tensor([4, 7, 9]),
         tensors={"mask": torch.ones(3, 2, dtype=torch.bool), "x": torch.arange(3.0)},
         constants={"step": 3},
-        live=torch.tensor([True, False, True]),
+        live=torch.tensor([[True, False], [False, False], [True, True]]),
     )
 
 
@@ -24,7 +24,7 @@ def test_slices_cut_everything_alike() -> None:
     cut = whole[[2, 0]]
     assert cut.rows.tolist() == [9, 4]
     assert cut.tensors["x"].tolist() == [2, 0]
-    assert cut.live.tolist() == [True, True]
+    assert cut.live.tolist() == [[True, True], [True, False]]
     assert cut.constants == {"step": 3}
     assert (len(whole), len(cut), len(whole[[]])) == (3, 2, 0)
     assert whole.whole

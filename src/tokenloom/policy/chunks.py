@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -36,29 +36,33 @@ def run_chunk_signals(
     logits: Callable[[Tensor], Tensor],
     ref_hidden: Tensor | None,
     ref_logits: Callable[[Tensor], Tensor] | None,
+    given: Mapping[str, Tensor],
     chunk_rows: int,
 ) -> dict[str, Tensor]:
     """Every signal's values [N] or [N, K] over `hidden` [N, D] and `targets` [N].
 
     Logits are computed once a chunk, whatever the number of signals. `logits` and `ref_logits` turn
-    hidden rows into [n, V]. The reference carries no gradient.
+    hidden rows into [n, V]. The reference carries no gradient. `given` holds the signals [N] or [N, K] that
+    some take as inputs.
 
     Raises:
         ValueError: when a signal returns something that has not one entry per token.
     """
     inputs = {name for s in signals for name in s.inputs}
 
-    def rows(hidden: Tensor, targets: Tensor, *reference: Tensor) -> list[Tensor]:
-        given = {"hidden": hidden, "targets": targets}
+    held = [n for n in given if n in inputs]
+
+    def rows(hidden: Tensor, targets: Tensor, *rest: Tensor) -> list[Tensor]:
+        values = {"hidden": hidden, "targets": targets} | dict(zip(held, rest, strict=False))
         if "logits" in inputs:
-            given["logits"] = logits(hidden)
-        if reference and ref_logits is not None:
+            values["logits"] = logits(hidden)
+        if ref_hidden is not None and ref_logits is not None:
             with torch.no_grad():
-                given["ref_logits"] = ref_logits(reference[0])
-        return [_checked(s, s.function(*(given[name] for name in s.inputs)), targets) for s in signals]
+                values["ref_logits"] = ref_logits(rest[-1])
+        return [_checked(s, s.function(*(values[name] for name in s.inputs)), targets) for s in signals]
 
     reference = () if ref_hidden is None else (ref_hidden,)
-    results = map_chunks(rows, (hidden, targets, *reference), chunk_rows)
+    results = map_chunks(rows, (hidden, targets, *(given[n] for n in held), *reference), chunk_rows)
     return {s.name: value for s, value in zip(signals, results, strict=True)}
 
 

@@ -26,11 +26,22 @@ class PolicyLike(Protocol):
 
 @dataclass(frozen=True)
 class Gathered:
-    """Hidden states of some response tokens: `hidden` [N, D] predicts the tokens at `rows`, `columns` [N]."""
+    """States that predict some response tokens: `hidden` [M, D], each distinct state once.
+
+    `rows`, `columns` [N] int64 are the tokens, `at` [N] int64 which state predicts each; None when the n-th does.
+    A shared prefix predicts the next token of every row that shares it.
+    """
 
     hidden: Tensor
     rows: Tensor
     columns: Tensor
+    at: Tensor | None = None
+
+    @property
+    def states(self) -> Tensor:
+        """[N, D]: the state that predicts each token."""
+        # Not hidden[at]: its backward adds the gradients of a shared state in the order in which threads come by.
+        return self.hidden if self.at is None else self.hidden.index_select(0, self.at)
 
 
 class Forward(Protocol):

@@ -7,15 +7,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from tokenloom.signals import CHUNK_SIGNALS, SIGNAL_NAMES, ChunkSignal
+from tokenloom.signals import (
+    ATTENTION_SIGNALS,
+    CHUNK_SIGNALS,
+    GROUP_SIGNALS,
+    SIGNAL_NAMES,
+    AttentionSignal,
+    ChunkSignal,
+    GroupSignal,
+    signal_names,
+)
 
 
 @dataclass(frozen=True)
 class Needs:
-    """The names asked for, `names`, and the registered chunk signals among them."""
+    """The names asked for, `names`, and the registered signals among them by kind."""
 
     names: frozenset[str]
     chunk_signals: tuple[ChunkSignal, ...]
+    group_signals: tuple[GroupSignal, ...]
+    attention_signals: tuple[AttentionSignal, ...]
 
     @classmethod
     def parse(cls, needs: Sequence[str], *, has_values: bool) -> Self:
@@ -26,7 +37,7 @@ class Needs:
         """
         if isinstance(needs, str):
             raise ValueError(f"needs must be a list of signal names, got the text {needs!r}; write [{needs!r}]")
-        known = [*SIGNAL_NAMES, *sorted(CHUNK_SIGNALS)]
+        known = [*SIGNAL_NAMES, *sorted(signal_names())]
         for name in needs:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
@@ -36,8 +47,13 @@ class Needs:
             raise ValueError(
                 "values are asked for but the model has no critic: add an empty `value_head: {}` to the model section"
             )
-        chunk_signals = tuple(CHUNK_SIGNALS[n] for n in dict.fromkeys(needs) if n in CHUNK_SIGNALS)
-        return cls(frozenset(needs), chunk_signals)
+        names = list(dict.fromkeys(needs))
+        return cls(
+            frozenset(needs),
+            tuple(CHUNK_SIGNALS[n] for n in names if n in CHUNK_SIGNALS),
+            tuple(GROUP_SIGNALS[n] for n in names if n in GROUP_SIGNALS),
+            tuple(ATTENTION_SIGNALS[n] for n in names if n in ATTENTION_SIGNALS),
+        )
 
     @property
     def head(self) -> bool:
@@ -63,6 +79,11 @@ class Needs:
     def ref_logits(self) -> bool:
         """The reference model's logits, for a chunk signal."""
         return any("ref_logits" in s.inputs for s in self.chunk_signals)
+
+    @property
+    def given(self) -> frozenset[str]:
+        """Signals that chunk signals take as inputs."""
+        return frozenset(n for s in self.chunk_signals for n in s.given)
 
     @property
     def reference(self) -> bool:

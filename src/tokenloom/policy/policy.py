@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from tokenloom.batch import Rollouts
 from tokenloom.policy import loading, lora
+from tokenloom.policy.attention_signals import run_attention_signals
 from tokenloom.policy.chat import encode_prompt, end_ids, padding_id
 from tokenloom.policy.chunks import run_chunk_signals
 from tokenloom.policy.config import ModelConfig
 from tokenloom.policy.dropout import zero_dropouts
 from tokenloom.policy.forward import PaddedForward
+from tokenloom.policy.group_signals import hidden_by_token, run_group_signals
 from tokenloom.policy.head import LogprobHead
 from tokenloom.policy.interface import Forward, Gathered
 from tokenloom.policy.needs import Needs
@@ -123,18 +125,31 @@ class Policy:
 
     # -- signals and gradients ---------------------------------------------------------------
 
-    def signals(self, rollouts: Rollouts, needs: Sequence[str], *, grad: bool = False) -> Signals:
+    def signals(
+        self,
+        rollouts: Rollouts,
+        needs: Sequence[str],
+        *,
+        grad: bool = False,
+        given: Mapping[str, Tensor] | None = None,
+    ) -> Signals:
         """Exactly the signals named in `needs`, [B, T], on the rollouts' device, zero off the mask.
 
         Known names: the fields of `Signals` and the registered chunk signals. `old_logprobs` and
         `old_values` are those of the current weights, without gradient; call this at the start of
         an update and keep them. Log-probs and entropies are at `rollouts.sampling.temperature`
-        (1 for greedy). With `grad`, `logprobs`, `entropies`, `values` and chunk signals carry gradients.
+        (1 for greedy). With `grad`, `logprobs`, `entropies`, `values` and chunk signals carry gradients; group and
+        attention signals never do.
+        `given` holds signals taken earlier, [B, T] or [B, T, K] by name, that chunk signals take as inputs; those
+        missing are taken now, without gradient.
 
         Raises:
             ValueError: for an unknown name, or values without a value head.
         """
         wanted = Needs.parse(needs, has_values=self.value_head is not None)
+        given = dict(given or {})
+        if missing := sorted(wanted.given - given.keys()):
+            given |= self.signals(rollouts, missing).extras
         temperature = rollouts.sampling.temperature or 1.0
         scatter = Scatter(rollouts)
         reference: list[Gathered] = []
@@ -142,39 +157,55 @@ class Policy:
             with torch.no_grad(), self.autocast(), self.reference.active() as (trunk, head):
                 for part in self.forward.gather(partial(run_trunk, trunk), rollouts):
                     if wanted.ref_logprobs:
-                        logprobs, _ = head(part.hidden, scatter.targets(part), temperature=temperature)
-                        scatter.put("ref_logprobs", part, logprobs)
+                        law = head(part.hidden, scatter.targets(part), rows=part.at, temperature=temperature)
+                        scatter.put("ref_logprobs", part, law.logprobs)
                     if wanted.ref_logits:
                         reference.append(part)
         if wanted.policy:
             with torch.set_grad_enabled(grad), self.autocast(), self._recomputing(grad):
                 for i, part in enumerate(self.forward.gather(partial(run_trunk, self.trunk), rollouts)):
-                    ref_hidden = reference[i].hidden if reference else None
-                    self._policy_signals(wanted, scatter, part, temperature, ref_hidden)
+                    ref_hidden = reference[i].states if reference else None
+                    held = {name: scatter.gather(given[name], part) for name in wanted.given}
+                    self._policy_signals(wanted, scatter, part, temperature, ref_hidden, held)
+        with torch.no_grad(), self.autocast():
+            run = partial(run_trunk, self.trunk)
+            if wanted.group_signals:
+                hidden = hidden_by_token(self.forward.gather(run, rollouts), rollouts)
+                logits = partial(self.head.logits, temperature=temperature)
+                scatter.put_whole(run_group_signals(wanted.group_signals, rollouts, hidden, logits))
+            if wanted.attention_signals:
+                scatter.put_whole(
+                    run_attention_signals(wanted.attention_signals, self.causal, run, rollouts, self.device)
+                )
         return scatter.signals(wanted, grad=grad)
 
     def _policy_signals(
-        self, wanted: Needs, scatter: Scatter, part: Gathered, temperature: float, ref_hidden: Tensor | None
+        self,
+        wanted: Needs,
+        scatter: Scatter,
+        part: Gathered,
+        temperature: float,
+        ref_hidden: Tensor | None,
+        given: Mapping[str, Tensor],
     ) -> None:
         targets = scatter.targets(part)
         if wanted.head:
-            logprobs, entropies = self.head(
-                part.hidden, targets, temperature=temperature, need_entropy=wanted.entropies
-            )
-            scatter.put("logprobs", part, logprobs)
-            if entropies is not None:
-                scatter.put("entropies", part, entropies)
+            law = self.head(part.hidden, targets, rows=part.at, temperature=temperature, need_entropy=wanted.entropies)
+            scatter.put("logprobs", part, law.logprobs)
+            if law.entropies is not None:
+                scatter.put("entropies", part, law.entropies)
         if wanted.values and self.value_head is not None:
-            scatter.put("values", part, self.value_head(part.hidden))
+            scatter.put("values", part, self.value_head(part.states))
         if wanted.chunk_signals:
             ref_head = self.reference.head() if wanted.ref_logits else None
             results = run_chunk_signals(
                 wanted.chunk_signals,
-                part.hidden,
+                part.states,
                 targets,
                 logits=partial(self.head.logits, temperature=temperature),
                 ref_hidden=ref_hidden,
                 ref_logits=None if ref_head is None else partial(ref_head.logits, temperature=temperature),
+                given=given,
                 chunk_rows=self.head.chunk_rows,
             )
             for name, values in results.items():

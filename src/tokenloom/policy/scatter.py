@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -17,23 +19,32 @@ class Scatter:
     def __init__(self, rollouts: Rollouts) -> None:
         self.tokens = rollouts.tokens
         self._parts: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {}
+        self._whole: dict[str, Tensor] = {}
 
     def targets(self, part: Gathered) -> Tensor:
         """Ids [N] of the tokens that `part.hidden` predicts, on its device."""
-        device = self.tokens.device
-        return self.tokens[part.rows.to(device), part.columns.to(device)].to(part.hidden.device)
+        return self.gather(self.tokens, part)
+
+    def gather(self, values: Tensor, part: Gathered) -> Tensor:
+        """The entries [N] or [N, K] of `values` [B, T] or [B, T, K] at the tokens of `part`, on its device."""
+        device = values.device
+        return values[part.rows.to(device), part.columns.to(device)].to(part.hidden.device)
 
     def put(self, name: str, part: Gathered, values: Tensor) -> None:
         """Record `values` [N] or [N, K] for the tokens of `part`."""
         self._parts.setdefault(name, []).append((part.rows, part.columns, values))
 
+    def put_whole(self, values: Mapping[str, Tensor]) -> None:
+        """Record signals that are laid out already, [B, T] or [B, T, K] by name."""
+        self._whole |= values
+
     def signals(self, wanted: Needs, *, grad: bool) -> Signals:
         """The signals asked for. `old_*` are the current ones without gradient."""
         named: dict[str, Tensor] = {}
         for name in wanted.names:
-            current = name.removeprefix("old_")
+            current = name.removeprefix("old_") if name in SIGNAL_NAMES else name
             laid = self._laid(current)
-            frozen = current != name or name == "ref_logprobs"
+            frozen = current != name or name == "ref_logprobs" or name in self._whole
             if grad and not frozen and not laid.requires_grad:
                 # No token at all, or a signal of frozen parts: a loss made of it still has a (zero) gradient.
                 laid = laid.requires_grad_()
@@ -42,6 +53,8 @@ class Scatter:
         return Signals(**{n: v for n, v in named.items() if n in SIGNAL_NAMES}, extras=extras)
 
     def _laid(self, name: str) -> Tensor:
+        if name in self._whole:
+            return self._whole[name]
         parts = self._parts.get(name, [])
         device = self.tokens.device
         if not parts:

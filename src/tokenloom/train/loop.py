@@ -144,12 +144,14 @@ class Trainer:
         skipped = 0
         for number, update in enumerate(plan.updates):
             if algorithm.needs_refresh:
-                seen = policy.signals(rollouts.rows(update.rows), sorted(algorithm.loss_needs))
+                seen = policy.signals(rollouts.rows(update.rows), sorted(algorithm.loss_needs), given=update.given)
                 update = algorithm.refresh(update, seen, generator)
             finite = True
             for rows in self._micro_batches(rollouts, update):
                 batch = update[rows]
-                live = policy.signals(rollouts.rows(batch.rows), sorted(algorithm.loss_needs), grad=True)
+                # Only tokens that can have an effect reach the model's head, and nothing behind the last of them.
+                acting = rollouts.rows(batch.rows).replace(mask=batch.live)
+                live = policy.signals(acting, sorted(algorithm.loss_needs), grad=True, given=batch.given)
                 loss, measured = algorithm.loss(live, batch)
                 finite = finite and math.isfinite(float(loss.detach()))
                 if not finite:
@@ -193,7 +195,8 @@ class Trainer:
         """
         live = update.live_rows
         done = 0
-        for part in self.policy.micro_batches(rollouts.rows(update.rows[live]), self.recipe.train.micro_batch_tokens):
+        acting = rollouts.rows(update.rows[live]).replace(mask=update.live[live])
+        for part in self.policy.micro_batches(acting, self.recipe.train.micro_batch_tokens):
             yield live[part]
             done += len(part)
             self._progress("update", done, len(live), 0)
