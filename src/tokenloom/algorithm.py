@@ -95,7 +95,8 @@ class Algorithm:
             name, inputs = bound.part.name, set(bound.part.inputs)
             if bound.part.stage != stage:
                 raise ValueError(f"{name!r} is a part of stage {bound.part.stage!r} and cannot stand at {stage!r}")
-            if "state" in inputs and stage not in _STATEFUL:
+            # A sampling part reads the state of its method and hands nothing on.
+            if "state" in inputs and stage not in (*_STATEFUL, "sampling"):
                 raise ValueError(f"part {name!r} cannot carry state at stage {stage!r}; stages that do: {_STATEFUL}")
             if stage == "sampling" and (unknown := inputs - {"logits", "step", "total_steps", "state"}):
                 raise ValueError(f"part {name!r} reads {sorted(unknown)}, which is not there while sampling")
