@@ -18,12 +18,12 @@ from torch import Tensor
 
 from tokenloom import losses
 from tokenloom.batch import Rollouts
-from tokenloom.catalog import check_parameters, get_preset, suggest
+from tokenloom.catalog import check_parameters, get_preset, parts, suggest
 from tokenloom.composition import Blend, Bound, PartSpec, Term, parse, parse_blend, parse_many, parse_term, parse_terms
 from tokenloom.plan import Metrics, Plan, Update
 from tokenloom.planning import Planner, plan_context, rows_that_may_enter
 from tokenloom.signals import ATTENTION_SIGNALS, CHUNK_SIGNALS, SIGNAL_NAMES, Signals, signal_names
-from tokenloom.vocabulary import CURRENT, EXTRAS
+from tokenloom.vocabulary import CURRENT, EXTRAS, GIVEN_BY_ADVANTAGES
 
 _SINGLE = ("advantage", "aggregate", "log_ratio", "bounds", "surrogate", "updates")
 _LISTS = ("sampling", "reward", "select", "credit", "weight")
@@ -74,11 +74,13 @@ class Algorithm:
                     f"yet at stage {bound.part.stage!r}; read 'old_logprobs' instead"
                 )
         for _, bound in self.bound_parts():
-            if bound.part.inputs.get("returns") and "returns" not in self.advantage.part.gives:
-                raise ValueError(
-                    f"part {bound.part.name!r} needs 'returns', which the advantage part "
-                    f"{self.advantage.part.name!r} does not give; use one with a critic, such as 'ppo-gae'"
-                )
+            for name in GIVEN_BY_ADVANTAGES & bound.part.inputs.keys():
+                if bound.part.inputs[name] and name not in self.advantage.part.gives:
+                    givers = sorted(p.name for p in parts().values() if name in p.gives)
+                    raise ValueError(
+                        f"part {bound.part.name!r} needs {name!r}, which the advantage part "
+                        f"{self.advantage.part.name!r} does not give; parts that do: {', '.join(givers)}"
+                    )
         for aggregate, weights in self._aggregates():
             if aggregate.params.get("count") == "weights" and any(w.late for w in weights):
                 late = [w.part.name for w in weights if w.late]

@@ -145,6 +145,7 @@ def vocabulary_values(rollouts: Rollouts, signals: Signals, *, seed: int = 0) ->
         "advantages": noise,
         "returns": noise.roll(1, 0),
         "blend_advantages": noise.roll(2, 0),
+        "normalized_entropies": noise.clamp(-1, 1),
         "blend": torch.full_like(noise, 0.25),
         "weights": noise.abs(),
         "keep": torch.ones(len(rollouts), dtype=torch.bool),
@@ -167,7 +168,7 @@ def evaluate(part: Part, values: dict[str, Any]) -> Any:
     if "generator" in arguments:
         arguments["generator"] = torch.Generator().manual_seed(5)
     result = part.function(**arguments)
-    if "state" in part.inputs:
+    if "state" in part.inputs and part.stage != "sampling":
         result = result[0]
     return result[_RESULTS[part.stage]] if isinstance(result, dict) else result
 
@@ -414,8 +415,8 @@ def _grid() -> tuple[Context, Tensor, Tensor]:
 
 def host(part: Part) -> Algorithm:
     """A plain algorithm with the part in its stage, for laws that speak of whole losses."""
-    giver = next((p.name for p in parts().values() if "returns" in p.gives), "grpo")
-    advantage = giver if part.inputs.get("returns") else "grpo"
+    handed = {n for p in parts().values() for n in p.gives} & part.inputs.keys()
+    advantage = next((p.name for p in parts().values() if handed and handed <= p.gives), "grpo")
     base = Algorithm.compose(advantage=advantage, surrogate="ppo-clip", aggregate="token-mean")
     bound = Bound(part)
     if part.stage == "term":

@@ -41,6 +41,7 @@ VOCABULARY: dict[str, str] = {
     "old_values": "[B, T] critic at the start of the update",
     # what stages hand on
     "advantages": "[B, T]",
+    "normalized_entropies": "[B, T] in [-1, 1], how uncertain a token was compared with the batch",
     "returns": "[B, T] regression targets of the critic",
     "blend_advantages": "[B, T] advantages of the second branch",
     "blend": "[B, T] share of the first branch, in [0, 1]",
@@ -62,6 +63,9 @@ VOCABULARY: dict[str, str] = {
 
 CURRENT = frozenset({"logprobs", "log_ratio", "ratio"})
 """Names that exist only once the policy being trained has spoken."""
+
+GIVEN_BY_ADVANTAGES = frozenset({"normalized_entropies", "returns"})
+"""Names that exist when the advantage part hands them on beside its advantages."""
 
 
 def known_names() -> list[str]:

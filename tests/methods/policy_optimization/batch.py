@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenloom.algorithm import Algorithm
 from tokenloom.batch import Rollouts, Sampling
 from tokenloom.catalog import get_part, get_preset
-from tokenloom.signals import Signals
+from tokenloom.signals import SIGNAL_NAMES, Signals, signal_example, signal_names
 
 NAN = float("nan")
 INF = float("inf")
@@ -87,6 +87,12 @@ def rollouts_of(
     )
 
 
+def signals_from(named: dict[str, Tensor]) -> Signals:
+    """Signals from values by name, registered ones among them."""
+    own = {n: v for n, v in named.items() if n in SIGNAL_NAMES}
+    return Signals(**own, extras={n: v for n, v in named.items() if n not in SIGNAL_NAMES})
+
+
 def signals_of(rollouts: Rollouts, log_ratio: Any = 0.0, **rest: Tensor) -> Signals:
     """Signals with log-prob -1 everywhere and the given log-ratio to the old policy."""
     shape = rollouts.mask.shape
@@ -145,6 +151,12 @@ def synthetic_batch(dtype: torch.dtype = torch.float64) -> tuple[Rollouts, Signa
         truncated=lengths == width,
         sampler_logprobs=logprobs + normal(0.5),
         sampling=Sampling(max_tokens=8),
+        answers=("7", "3", "3", None, "7", "5", "3", "4", "4", "7", " 5", None),
+        prompts=tuple({"difficulty": int(i)} for i in group_ids),
+        extras={
+            "reference_rewards": torch.tensor([0.0, 1.0] * 6, dtype=dtype),
+            "answer_mask": mask & (torch.arange(width) >= lengths[:, None] - 2),
+        },
     )
     signals = Signals(
         logprobs=logprobs,
@@ -153,5 +165,6 @@ def synthetic_batch(dtype: torch.dtype = torch.float64) -> tuple[Rollouts, Signa
         entropies=normal().abs(),
         values=normal(0.3) + 0.5,
         old_values=normal(0.3) + 0.5,
+        extras={name: signal_example(name, rows, width, g).to(dtype) for name in signal_names()},
     )
     return rollouts, signals

@@ -15,6 +15,7 @@ from methods.policy_optimization.batch import (
     loss_of,
     make,
     rollouts_of,
+    signals_from,
     signals_of,
     synthetic_batch,
 )
@@ -153,24 +154,30 @@ def one_row() -> tuple[Rollouts, Signals]:
 
 def one_token() -> tuple[Rollouts, Signals]:
     rollouts, signals = synthetic_batch()
-    cut = {n: v[:, :1] for n, v in signals.named().items()}
-    changes = {n: getattr(rollouts, n)[:, :1] for n in ("tokens", "mask", "sampler_logprobs")}
-    return rollouts.replace(lengths=rollouts.lengths.clamp(max=1), **changes), Signals(**cut)
+    return narrow(rollouts, signals, 1)
 
 
 def no_token() -> tuple[Rollouts, Signals]:
     rollouts, signals = synthetic_batch()
-    cut = {n: v[:, :0] for n, v in signals.named().items()}
-    changes = {n: getattr(rollouts, n)[:, :0] for n in ("tokens", "mask", "sampler_logprobs")}
-    return rollouts.replace(lengths=rollouts.lengths * 0, **changes), Signals(**cut)
+    return narrow(rollouts, signals, 0)
+
+
+def narrow(rollouts: Rollouts, signals: Signals, width: int) -> tuple[Rollouts, Signals]:
+    changes: dict[str, Any] = {n: getattr(rollouts, n)[:, :width] for n in ("tokens", "mask", "sampler_logprobs")}
+    changes["extras"] = {n: v[:, :width] if v.ndim > 1 else v for n, v in rollouts.extras.items()}
+    cut = signals_from({n: v[:, :width] for n, v in signals.named().items()})
+    return rollouts.replace(lengths=rollouts.lengths.clamp(max=width), **changes), cut
 
 
 def poisoned() -> tuple[Rollouts, Signals]:
     rollouts, signals = synthetic_batch()
-    bad = {n: torch.where(rollouts.mask, v, torch.full_like(v, NAN)) for n, v in signals.named().items()}
+    bad = {
+        n: torch.where(rollouts.mask if v.ndim == 2 else rollouts.mask[..., None], v, torch.full_like(v, NAN))
+        for n, v in signals.named().items()
+    }
     assert rollouts.sampler_logprobs is not None
     sampler = torch.where(rollouts.mask, rollouts.sampler_logprobs, torch.full((), float("inf")).double())
-    return rollouts.replace(sampler_logprobs=sampler), Signals(**bad)
+    return rollouts.replace(sampler_logprobs=sampler), signals_from(bad)
 
 
 @pytest.mark.parametrize("slug", SLUGS)
@@ -195,8 +202,12 @@ def test_float32_agrees_with_float64(slug: str) -> None:
     rollouts, signals = synthetic_batch()
     assert rollouts.rewards is not None
     assert rollouts.sampler_logprobs is not None
-    single = rollouts.replace(rewards=rollouts.rewards.float(), sampler_logprobs=rollouts.sampler_logprobs.float())
-    low = Signals(**{n: v.float() for n, v in signals.named().items()})
+    single = rollouts.replace(
+        rewards=rollouts.rewards.float(),
+        sampler_logprobs=rollouts.sampler_logprobs.float(),
+        extras={n: v.float() if v.is_floating_point() else v for n, v in rollouts.extras.items()},
+    )
+    low = signals_from({n: v.float() for n, v in signals.named().items()})
     one, two = (coefficients_of(make(slug), r, s, step=99) for r, s in ((rollouts, signals), (single, low)))
     assert two.dtype == torch.float32
     torch.testing.assert_close(two.double(), one, rtol=2e-5, atol=2e-6)
@@ -212,9 +223,17 @@ def test_wider_padding_changes_nothing(slug: str) -> None:
                 truncated=torch.tensor([False]),
                 sampler_logprobs=torch.zeros(1, 11).double(),
                 sampling=Sampling(max_tokens=8),
+                answers=(None,),
+                prompts=({},),
+                extras={
+                    "reference_rewards": torch.zeros(1).double(),
+                    "answer_mask": torch.zeros(1, 11, dtype=torch.bool),
+                },
             ),
         ]
     ).rows(torch.arange(12))
-    padded = Signals(**{n: torch.nn.functional.pad(v, (0, 3)) for n, v in signals.named().items()})
+    padded = signals_from(
+        {n: torch.nn.functional.pad(v, (0, 0) * (v.ndim - 2) + (0, 3)) for n, v in signals.named().items()}
+    )
     one, two = (coefficients_of(make(slug), r, s, step=99) for r, s in ((rollouts, signals), (wide, padded)))
     close(two[:, :8], one)
