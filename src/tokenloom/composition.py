@@ -229,5 +229,6 @@ def _by_name(stage: str, entries: list[tuple[str, T]]) -> dict[str, T]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Schedule):
         out = {"schedule": value.shape, "start": value.start, "end": value.end}
+        out |= {"power": value.power} if value.shape == "power" else {}
         return out | ({"steps": value.steps} if value.steps else {}) | ({"delay": value.delay} if value.delay else {})
     return value

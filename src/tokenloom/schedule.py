@@ -7,14 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Self, get_args
 
-Shape = Literal["constant", "linear", "cosine", "exponential"]
+Shape = Literal["constant", "linear", "cosine", "exponential", "power", "cubic"]
 
 
 @dataclass(frozen=True)
 class Schedule:
     """A float that moves from `start` to `end` over `steps` steps after `delay` steps, then stays.
 
-    `steps=None` means the rest of the run after the delay. In a recipe:
+    `steps=None` means the rest of the run after the delay. With x the progress in [0, 1], "power" moves like
+    x ** `power`, "cubic" like (1 + (2 x - 1)^3) / 2: fast at both ends, slow in the middle. In a recipe:
     `{schedule: linear, start: 1.0, end: 0.0, steps: 100}`.
 
     >>> Schedule("linear", 1.0, 0.0, steps=4).at(1, 100)
@@ -26,11 +27,12 @@ class Schedule:
     end: float
     steps: int | None = None
     delay: int = 0
+    power: float = 2.0
 
     def __post_init__(self) -> None:
         if self.shape not in get_args(Shape):
             raise ValueError(f"unknown schedule {self.shape!r}; known: {', '.join(get_args(Shape))}")
-        for name in ("start", "end"):
+        for name in ("start", "end", "power"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
                 raise ValueError(f"a schedule's {name} must be a finite number, got {value!r}")
@@ -40,6 +42,8 @@ class Schedule:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ValueError(f"a schedule needs {name} >= {least}, an integer, got {value!r}")
+        if self.power <= 0:
+            raise ValueError(f"a schedule's power must be above zero, got {self.power}")
         if self.shape == "exponential" and not (self.start > 0 and self.end > 0):
             raise ValueError("an exponential schedule needs start and end above zero")
 
@@ -59,6 +63,10 @@ class Schedule:
             return float(self.start * (self.end / self.start) ** x)
         if self.shape == "cosine":
             x = (1 - math.cos(math.pi * x)) / 2
+        if self.shape == "power":
+            x = x**self.power
+        if self.shape == "cubic":
+            x = (1 + (2 * x - 1) ** 3) / 2
         return self.start + (self.end - self.start) * x
 
     @classmethod
@@ -68,7 +76,7 @@ class Schedule:
         Raises:
             ValueError: on unknown or missing keys.
         """
-        known = {"schedule", "start", "end", "steps", "delay"}
+        known = {"schedule", "start", "end", "steps", "delay", "power"}
         if unknown := set(value) - known:
             raise ValueError(f"unknown keys in a schedule: {sorted(unknown)}; known: {sorted(known)}")
         needed = {"schedule", "start"} | (set() if value.get("schedule") == "constant" else {"end"})

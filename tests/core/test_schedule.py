@@ -19,6 +19,9 @@ from tokenloom.schedule import resolve
         (Schedule("constant", 0.3, 0.9), [0.3, 0.3, 0.3]),
         (Schedule("cosine", 1.0, 0.0, steps=2), [1, 0.5, 0, 0]),
         (Schedule("exponential", 1.0, 0.01, steps=2), [1, 0.1, 0.01, 0.01]),
+        (Schedule("power", -2.0, 2.0, steps=4), [-2, -1.75, -1, 0.25, 2, 2]),
+        (Schedule("power", 2.0, 0.0, steps=2, power=3.0), [2, 1.75, 0]),
+        (Schedule("cubic", -2.0, 2.0, steps=4), [-2, -0.25, 0, 0.25, 2]),
     ],
 )
 def test_values_by_step(schedule: Schedule, values: list[float]) -> None:
@@ -38,7 +41,7 @@ def test_a_run_without_end_needs_steps() -> None:
     assert Schedule("constant", 1.0, 0.0).at(5) == 1
 
 
-@pytest.mark.parametrize("shape", ["linear", "cosine", "exponential"])
+@pytest.mark.parametrize("shape", ["linear", "cosine", "exponential", "power", "cubic"])
 def test_it_never_leaves_its_ends(shape: Any) -> None:
     s = Schedule(shape, 0.5, 0.2, steps=7, delay=3)
     values = [s.at(i) for i in range(20)]
@@ -51,6 +54,8 @@ def test_parse_reads_the_recipe_form() -> None:
     spec = {"schedule": "cosine", "start": 1, "end": 0.1, "steps": 10, "delay": 3}
     assert Schedule.parse(spec) == Schedule("cosine", 1, 0.1, 10, 3)
     assert Schedule.parse({"schedule": "constant", "start": 2.0}).at(9) == 2
+    spec = {"schedule": "power", "start": 1, "end": 0, "steps": 4, "power": 3.0}
+    assert Schedule.parse(spec) == Schedule("power", 1, 0, 4, power=3.0)
 
 
 @pytest.mark.parametrize(

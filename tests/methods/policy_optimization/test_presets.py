@@ -37,6 +37,24 @@ def test_differs_from_grpo_somewhere(slug: str) -> None:
 
 # Each mechanism against the same composition without it, so that a different scale alone does not pass.
 MECHANISMS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("a3po", {}, {"credit": None}),
+    ("ar-lopti", {}, {"credit": None}),
+    ("aspo", {}, {"surrogate": "ppo-clip"}),
+    ("aspo", {}, {"bounds": {"high_entropy": 0.2}}),
+    ("balanced-aggregation", {}, {"aggregate": "token-mean"}),
+    ("balanced-aggregation", {}, {"aggregate": "sequence-mean"}),
+    ("canon", {}, {"advantage": "dr-grpo/center"}),
+    ("copo", {}, {"blend": None}),
+    ("ctpo", {}, {"log_ratio": "token-ratio"}),
+    ("ctpo", {}, {"bounds": {"power": 0.0}}),
+    ("dhpo", {}, {"surrogate": "ppo-clip"}),
+    ("dhpo", {"mixing": "entropy"}, {"surrogate": "dhpo"}),
+    ("ha-dw", {}, {"credit": None}),
+    ("hapo", {}, {"credit": None}),
+    ("hapo", {}, {"bounds": {"alpha": 0.0}}),
+    ("hapo", {}, {"advantage": "grpo", "credit": None, "bounds": "clip"}),
+    ("holder-po", {}, {"log_ratio": "gspo"}),
+    ("ktae", {}, {"credit": None}),
     ("cispo", {}, {"surrogate": "ppo-clip", "bounds": "clip"}),
     ("clip-cov", {"lb": 0.1}, {"weight": None}),
     ("dapo", {"dynamic_sampling": False, "overlong": "none"}, {"bounds": {"high": 0.2}}),
@@ -94,7 +112,23 @@ def common(slug: str, **settings: Any) -> Algorithm:
 
 
 @pytest.mark.parametrize(
-    "slug", ["gspo", "gspo-token", "cispo", "sapo", "dual-clip", "clip-cov", "kl-cov", "tis", "ppo-clip", "reinforce"]
+    "slug",
+    [
+        "gspo",
+        "gspo-token",
+        "cispo",
+        "sapo",
+        "dual-clip",
+        "clip-cov",
+        "kl-cov",
+        "tis",
+        "ppo-clip",
+        "reinforce",
+        "aspo",
+        "ctpo",
+        "holder-po",
+        "dhpo",
+    ],
 )
 def test_on_policy_the_surrogates_have_the_same_gradient(slug: str) -> None:
     rollouts, signals = synthetic_batch()
