@@ -26,7 +26,7 @@ from tokenloom.signals import ATTENTION_SIGNALS, CHUNK_SIGNALS, SIGNAL_NAMES, Si
 from tokenloom.vocabulary import CURRENT, EXTRAS, GIVEN_BY_ADVANTAGES
 
 _SINGLE = ("advantage", "aggregate", "log_ratio", "bounds", "surrogate", "updates")
-_LISTS = ("sampling", "reward", "select", "credit", "weight")
+_LISTS = ("sampling", "reward", "select", "credit", "weight", "metric")
 _STAGES = (*_SINGLE, *_LISTS, "terms", "blend")
 _STATEFUL = ("reward", "advantage", "select", "credit", "weight", "updates")
 
@@ -52,6 +52,7 @@ class Algorithm:
     weight: tuple[Bound, ...] = ()
     terms: tuple[Term, ...] = ()
     blend: Blend | None = None
+    metric: tuple[Bound, ...] = ()
     preset: str = "custom"
 
     def __post_init__(self) -> None:
@@ -67,7 +68,7 @@ class Algorithm:
                 raise ValueError(f"part {bound.part.name!r} reads the policy being trained and cannot carry state")
         second = (self.blend.part, self.blend.advantage) if self.blend else ()
         planned = (*self.reward, self.advantage, *self.select, self.updates, *(a for a, _ in self._aggregates()))
-        for bound in (*planned, *second):
+        for bound in (*planned, *second, *self.metric):
             if bound.late:
                 raise ValueError(
                     f"part {bound.part.name!r} reads {sorted(CURRENT & set(bound.part.inputs))}, which does not exist "
@@ -120,6 +121,7 @@ class Algorithm:
         weight: Any = (),
         terms: Any = (),
         blend: Any = None,
+        metric: Any = (),
         preset: str = "custom",
     ) -> Self:
         """Compose from names, recipe mappings or bound parts.
@@ -141,6 +143,7 @@ class Algorithm:
             weight=parse_many("weight", weight, ()),
             terms=parse_terms(terms, ()),
             blend=parse_blend(blend),
+            metric=parse_many("metric", metric, ()),
             preset=preset,
         )
 
@@ -225,7 +228,7 @@ class Algorithm:
         """One line per part: stage, name, every hyperparameter, paper."""
         lines = []
         for name in ("sampling", "reward", "advantage", "select", "credit", "weight", "updates", "aggregate",
-                     "log_ratio", "bounds", "surrogate"):  # fmt: skip
+                     "log_ratio", "bounds", "surrogate", "metric"):  # fmt: skip
             value = getattr(self, name)
             lines += [f"{name:<10} {b}  [{b.part.paper}]" for b in (value if isinstance(value, tuple) else (value,))]
         lines += [f"{'term':<10} {t}  [{t.part.part.paper}]" for t in self.terms]

@@ -98,6 +98,8 @@ class Planner:
         made = tuple(self._update(rows, tokens, terms) for rows, tokens in shares if len(rows))
         values = dict(self.ctx.values) | {"keep": keep, "scale": _scatter(made, mask)}
         self._measure(keep, made)
+        for bound in algorithm.metric:
+            self.metrics |= {f"{bound.part.name}/{k}": float(v) for k, v in _numbers(bound, self.ctx).items()}
         return Plan(made, values, self.state, self.metrics)
 
     def run(self, key: str, bound: Bound, gives: str) -> dict[str, Any]:
@@ -213,6 +215,13 @@ def _rows_kept(bound: Bound, named: Mapping[str, Any], like: Tensor) -> Tensor:
         got = f"{tuple(keep.shape)} {keep.dtype}" if isinstance(keep, Tensor) else type(keep).__name__
         raise ValueError(f"part {bound.part.name!r} must give bool [B] = {tuple(like.shape)}, got {got}")
     return keep
+
+
+def _numbers(bound: Bound, ctx: Context) -> Mapping[str, Any]:
+    found = ctx.call(bound)
+    if not isinstance(found, Mapping):
+        raise ValueError(f"part {bound.part.name!r} must give numbers by name, got {type(found).__name__}")
+    return found
 
 
 def _named(result: Any, gives: str) -> dict[str, Any]:

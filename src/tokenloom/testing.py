@@ -170,7 +170,7 @@ def evaluate(part: Part, values: dict[str, Any]) -> Any:
     result = part.function(**arguments)
     if "state" in part.inputs and part.stage != "sampling":
         result = result[0]
-    return result[_RESULTS[part.stage]] if isinstance(result, dict) else result
+    return result[_RESULTS[part.stage]] if isinstance(result, dict) and part.stage != "metric" else result
 
 
 _RESULTS = {
@@ -474,6 +474,29 @@ def _limits_enclose_one(part: Part) -> None:
     rollouts, signals = random_batch(19)
     lo, hi, cap = (torch.as_tensor(x) for x in evaluate(part, vocabulary_values(rollouts, signals)))
     assert bool((lo <= 1).all() and (hi >= 1).all() and (cap >= hi).all()), f"{part.name}: lo <= 1 <= hi <= cap fails"
+
+
+@_law(lambda p: p.stage == "metric")
+def _numbers_by_name_that_padding_and_order_leave_alone(part: Part) -> None:
+    rollouts, signals = random_batch(22)
+    values = vocabulary_values(rollouts, signals)
+    found = _numbers(part, values)
+    assert found, f"{part.name}: no numbers"
+    order = torch.randperm(len(rollouts), generator=torch.Generator().manual_seed(2))
+    width = rollouts.mask.shape[1]
+    changed = {
+        "row order": {k: _take(v, order, len(rollouts)) for k, v in values.items()},
+        "padding": {k: _pad(v, width, 3) for k, v in values.items()},
+    } | {str(fill): _poison(values, rollouts.mask, fill) for fill in HOSTILE}
+    for what, other in changed.items():
+        for name, number in _numbers(part, other).items():
+            same(number, found[name], f"{part.name}: {what} changed {name!r}")
+    empty = rollouts.replace(mask=torch.zeros_like(rollouts.mask), lengths=torch.zeros_like(rollouts.lengths))
+    _numbers(part, vocabulary_values(empty, signals))
+
+
+def _numbers(part: Part, values: dict[str, Any]) -> dict[str, Tensor]:
+    return {k: torch.as_tensor(float(v), dtype=torch.float64) for k, v in evaluate(part, values).items()}
 
 
 @_law(lambda p: p.stage == "sampling")
