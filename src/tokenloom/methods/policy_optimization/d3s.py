@@ -94,7 +94,7 @@ def widest_subset(values: Tensor, size: int) -> Tensor:
 
 
 def share_of(fraction: float, number: int) -> int:
-    """ceil(fraction * number), unharmed by rounding: 0.2 of 15 is 3."""
+    """ceil(fraction * number), unharmed by rounding: 0.07 of 100 is 7."""
     return min(number, math.ceil(fraction * number - 1e-6))
 
 

@@ -29,7 +29,7 @@ Mode = Literal["both", "negative-only", "positive-only"]
 
 @dataclass(frozen=True)
 class Flow:
-    """`probabilities` [steps + 1, K] after each step, and the first step at which the best arm leads (None if never)."""
+    """`probabilities` [steps + 1, K] after each step; the first step at which the best arm leads, or None."""
 
     probabilities: Tensor
     overtakes: int | None

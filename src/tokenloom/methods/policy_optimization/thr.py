@@ -26,7 +26,7 @@ from tokenloom.signals import group_signal
 
 PAPER = "arXiv:2510.03669"
 RIGHT = 0.5
-CHUNK = 512
+CHUNK = 128
 """Tokens whose logits exist at once."""
 
 
@@ -39,21 +39,19 @@ def hidden_influence(
     hidden: Tensor, logits: Callable[[Tensor], Tensor], tokens: Tensor, mask: Tensor, outcomes: Tensor
 ) -> Tensor:
     """[R, T, 2]: s with right rows averaged over their tokens (THR) and summed (NTHR)."""
-    vocabulary, flat = torch.unique(tokens[mask]), hidden[mask]
-    states = flat if flat.dtype == torch.float64 else flat.float()
-    errors = torch.cat([_errors(logits(h), y, vocabulary) for h, y in _chunks(flat, tokens[mask])])
+    out = torch.zeros(*mask.shape, 2, dtype=hidden.dtype, device=hidden.device)
+    if not bool(mask.any()):
+        return out
+    states, ids = hidden[mask], tokens[mask]
+    vocabulary = torch.unique(ids)
+    chunks = zip(states.split(CHUNK), ids.split(CHUNK), strict=True)
+    errors = torch.cat([_errors(logits(h), y, vocabulary) for h, y in chunks]).to(hidden.dtype)
     right = (outcomes > RIGHT)[:, None].expand(mask.shape)[mask].to(errors.dtype)
-    length = mask.sum(-1, keepdim=True).expand(mask.shape)[mask].to(errors.dtype)
-    out = torch.zeros(*mask.shape, 2, dtype=errors.dtype, device=errors.device)
+    length = mask.sum(-1, keepdim=True).expand(mask.shape)[mask]
     for i, weight in enumerate((right / length, right)):
         influence = errors.T @ (weight[:, None] * states)  # [|V*|, D]
         out[..., i][mask] = ((errors @ influence) * states).sum(-1)
     return out
-
-
-def _chunks(hidden: Tensor, tokens: Tensor) -> list[tuple[Tensor, Tensor]]:
-    # At least one chunk, so that a group without tokens has results of the right shape.
-    return list(zip(hidden.split(CHUNK), tokens.split(CHUNK), strict=True)) or [(hidden, tokens)]
 
 
 def _errors(logits: Tensor, tokens: Tensor, vocabulary: Tensor) -> Tensor:
@@ -67,7 +65,7 @@ def token_hidden_reward(
     *, p: float = 0.1, beta: float = 1.0, threshold: Literal["influence", "none"] = "influence",
 ) -> Tensor:  # fmt: skip
     """Advantages [B, T] of the dominant tokens, reinforced by p with the sign of their influence; others 0."""
-    score = where_mask(hidden_influence[..., 0].detach(), mask).to(advantages.dtype)
+    score = where_mask(hidden_influence[..., 0].detach(), mask)
     right, mixed = _sides(outcomes, group_ids, mask)
     signed = torch.where(right[:, None], score, -score)
     chosen = mask
@@ -83,27 +81,29 @@ def negative_hidden_reward(
     *, beta: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """Advantages [B, T], those of wrong-row tokens that resemble right responses scaled by 2 |1/2 - share right|."""
-    score = where_mask(hidden_influence[..., 1].detach(), mask).to(advantages.dtype)
+    score = where_mask(hidden_influence[..., 1].detach(), mask)
     right, mixed = _sides(outcomes, group_ids, mask)
-    scored = ~outcomes.isnan() & mask.any(-1)
-    share = group_mean(right.to(advantages.dtype), group_ids, scored)
+    share = group_mean(right.to(advantages.dtype), group_ids, _scored(outcomes, mask))
     limit = _threshold(score, right, group_ids, mask, beta)
     hit = mask & (mixed & ~right)[:, None] & (score > limit[:, None])
     return where_mask(torch.where(hit, 2 * (0.5 - share).abs()[:, None] * advantages, advantages), mask)
 
 
+def _scored(outcomes: Tensor, mask: Tensor) -> Tensor:
+    return ~outcomes.isnan() & mask.any(-1)
+
+
 def _sides(outcomes: Tensor, group_ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """Which rows are right, and which belong to a group that has both kinds: [B] bool."""
-    scored = ~outcomes.isnan() & mask.any(-1)
+    scored = _scored(outcomes, mask)
     right = scored & (outcomes > RIGHT)
-    share = group_mean(right.double(), group_ids, scored).nan_to_num()
+    share = group_mean(right.double(), group_ids, scored)
     return right, (share > 0) & (share < 1)
 
 
 def _threshold(score: Tensor, right: Tensor, group_ids: Tensor, mask: Tensor, beta: float) -> Tensor:
     """tau of each row's group, [B]."""
-    mean = masked_mean(score, mask, -1)
-    lowest = group_extreme(mean, group_ids, right, largest=False)
+    lowest = group_extreme(masked_mean(score, mask, -1), group_ids, right, largest=False)
     return (beta * torch.where(lowest.isfinite(), lowest, torch.zeros_like(lowest))).clamp(min=0)
 
 

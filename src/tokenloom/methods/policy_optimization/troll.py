@@ -5,15 +5,16 @@ pi = p where KL(p || q) <= eps, else pi = (q^eta p)^(1 / (eta + 1)) / Z with eta
 the solution of min KL(pi || p) subject to KL(pi || q) <= eps. KL(pi_eta || q) falls in eta, so eta is bisected.
 objective = pi(y) / q(y) A, plus a loss alpha KL(p || sg pi) that pulls p back to its projection       [B, T]
 Gradient through eta in closed form: d_j = ln pi_j - ln q_j, d eta / d ln p_j = pi_j (d_j - eps) / Var_pi(d).
-Sparse support: of each distribution the most likely K tokens, cut where their mass reaches 1 - delta; always the
-sampled token; every other token has mass q_min, those in neither support together in one last slot; renormalized.
+Support: the most likely K tokens of each of the two, cut where their mass reaches 1 - delta, and the sampled token.
+On it p is exact. q is known on its own support only; every further token shares what mass is left, at least q_min
+each, and those in neither support together are one slot. Both are renormalized.
 Inside the ball the log-ratio is the exact one, so that the gradient there is r A without the support's rounding.
-eps and q_min are from memory. Limit: eps -> inf is unclipped importance sampling. Fidelity: reconstructed.
+eps and q_min are from memory. Limit: eps -> inf is unclipped importance sampling. Deviations: further tokens have
+q_min in the source, which is the same where delta cuts the support; where K does, in flat distributions, a token that
+enters the K most likely would then look e^20 times likelier than before. Fidelity: reconstructed.
 """
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
@@ -24,20 +25,23 @@ from tokenloom.masked import where_mask
 from tokenloom.signals import chunk_signal
 
 PAPER = "arXiv:2510.03817"
-SUPPORT, TAIL, FLOOR = 64, 1e-5, math.log(1e-12)
-"""K; delta, the mass that may stay outside of the support; ln q_min."""
-
-
-def _example(rows: int, width: int, generator: torch.Generator) -> Tensor:
-    """Two neighboring distributions on five tokens, as `support_logprobs` lays them out."""
-    logits = torch.randn(2, rows, width, 5, generator=generator, dtype=torch.float64)
-    return torch.log_softmax(torch.stack([logits[0] + 0.7 * logits[1], logits[0]]), -1).movedim(0, -2).flatten(-2)
+SUPPORT, TAIL, FLOOR = 64, 1e-5, 1e-12
+"""K; delta, the mass that may stay outside of the support; q_min."""
+NEVER = -1e9
+"""ln of an impossible token's probability: finite, because 0 * inf has no gradient."""
 
 
 def _old_example(rows: int, width: int, generator: torch.Generator) -> Tensor:
+    """Four ids, their log-probs and the sampled token's."""
     ids = torch.rand(rows, width, 9, generator=generator, dtype=torch.float64).argsort(-1)[..., :4].double()
     logs = torch.randn(rows, width, 5, generator=generator, dtype=torch.float64).log_softmax(-1)
     return torch.cat([ids, logs], -1)
+
+
+def _example(rows: int, width: int, generator: torch.Generator) -> Tensor:
+    """Two neighboring distributions on five slots, some inside the ball and some outside."""
+    logits = torch.randn(2, rows, width, 5, generator=generator, dtype=torch.float64)
+    return torch.cat([(logits[0] + 0.5 * logits[1]).log_softmax(-1), logits[0].log_softmax(-1)], -1)
 
 
 @chunk_signal("old_support", "logits", "targets", example=_old_example)
@@ -56,56 +60,55 @@ def support_logprobs(logits: Tensor, targets: Tensor, old_support: Tensor) -> Te
     """
     law = torch.log_softmax(logits, -1)
     size = (old_support.shape[-1] - 1) // 2
-    old_ids, old_logs = old_support[:, :size].long(), old_support[:, size:-1]
-    new_logs, new_ids = _support(law.detach())
+    old_ids, old_logs, old_sampled = old_support[:, :size].long(), old_support[:, size:-1], old_support[:, -1:]
+    new_logs, new_ids = _support(law)
     sampled = targets[:, None]
     in_old = old_logs.isfinite() & (old_ids != sampled)
-    in_new = new_logs.isfinite() & (new_ids != sampled)
-    same = old_ids[:, :, None] == new_ids[:, None, :]
-    both = same & in_old[:, :, None] & in_new[:, None, :]
-    fresh = in_new & ~both.any(1)
-    never, floor = torch.full_like(old_logs, -math.inf), torch.full_like(old_logs, FLOOR)
-    current = torch.cat(
-        [
-            law.gather(-1, sampled),
-            torch.where(in_old, torch.where(both.any(2), law.gather(-1, old_ids), floor), never),
-            torch.where(fresh, law.gather(-1, new_ids), never),
-        ],
-        -1,
-    )
-    old = torch.cat([old_support[:, -1:], torch.where(in_old, old_logs, never), torch.where(fresh, floor, never)], -1)
-    outside = law.shape[-1] - current.isfinite().sum(-1, keepdim=True)
-    rest = FLOOR + outside.to(law.dtype).log()
-    return torch.cat([current, rest, old, rest], -1)
+    known = torch.zeros_like(law, dtype=torch.bool).scatter(-1, old_ids, in_old).scatter(-1, sampled, True)
+    fresh = new_logs.isfinite() & ~known.gather(-1, new_ids)
+    slots = torch.cat([torch.ones_like(sampled, dtype=torch.bool), in_old, fresh], -1)
+    current = _used(law.gather(-1, torch.cat([sampled, old_ids, new_ids], -1)), slots)
+    held = _used(torch.cat([old_sampled, old_logs], -1), slots[:, : size + 1])
+    further = law.shape[-1] - known.sum(-1, keepdim=True)
+    floor = _floor(held, further)
+    old = torch.cat([held, _used(floor.expand(fresh.shape), fresh)], -1)
+    outside = law.shape[-1] - slots.sum(-1, keepdim=True)
+    many = outside.to(law.dtype).log()
+    return torch.cat([current, _floor(current.detach(), outside) + many, old, floor + many], -1)
 
 
 def _support(law: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probs and ids [N, K] of the smallest likely set with mass 1 - delta; -inf behind it."""
     logs, ids = law.detach().topk(min(SUPPORT, law.shape[-1]))
     mass = logs.exp()
-    return torch.where(mass.cumsum(-1) - mass < 1 - TAIL, logs, torch.full_like(logs, -math.inf)), ids
+    return _used(logs, mass.cumsum(-1) - mass < 1 - TAIL), ids
+
+
+def _used(logs: Tensor, slots: Tensor) -> Tensor:
+    return torch.where(slots, logs, torch.full_like(logs, float("-inf")))
+
+
+def _floor(logs: Tensor, count: Tensor) -> Tensor:
+    """ln of what each of `count` [N, 1] tokens beside those of `logs` [N, S] has, [N, 1]."""
+    left = 1 - logs.exp().sum(-1, keepdim=True)
+    return (left / count.clamp(min=1)).clamp(min=FLOOR).log()
 
 
 def project(logp: Tensor, logq: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """ln pi [..., S], with gradient in `logp`, and where the constraint binds, bool [...]. Both normalized; -inf = 0.
+    """ln pi [..., S], with gradient in `logp`, and where the constraint binds, bool [...]; both laws normalized.
 
     Raises:
         ValueError: when eps is not positive.
     """
     if not eps > 0:
         raise ValueError(f"eps is the KL that a token may move by, in nats, and must be positive; got {eps}")
-    there = logp.isfinite() & logq.isfinite()
-    p = torch.where(there, logp, torch.full_like(logp, -1e9))
-    q = torch.where(there, logq, torch.full_like(logq, -1e9))
+    p, q = logp.clamp(min=NEVER), logq.detach().clamp(min=NEVER)
     with torch.no_grad():
         active = _kl(p, q) > eps
-        eta = torch.where(active, _multiplier(p.double(), q.double(), eps).to(p.dtype), torch.zeros_like(p[..., 0]))
-        fixed = _mixed(p, q, eta)
-        d = fixed - q
-        weight = fixed.exp()
-        variance = (weight * d * d).sum(-1) - (weight * d).sum(-1) ** 2
-        slope = weight * (d - eps) / variance.clamp(min=torch.finfo(p.dtype).tiny)[..., None]
-        slope = torch.where(active[..., None], slope, torch.zeros_like(slope))
+        eta, slope = torch.zeros_like(p[..., 0]), torch.zeros_like(p)
+        found = _multiplier(p[active].double(), q[active].double(), eps)
+        eta[active], slope[active] = (x.to(p.dtype) for x in found)
+    # eta with its gradient: the second summand is zero.
     return _mixed(p, q, eta + (slope * (p - p.detach())).sum(-1)), active
 
 
@@ -117,29 +120,30 @@ def _kl(a: Tensor, b: Tensor) -> Tensor:
     return (a.exp() * (a - b)).sum(-1)
 
 
-def _multiplier(p: Tensor, q: Tensor, eps: float) -> Tensor:
-    """eta [...] with KL(pi_eta || q) = eps, by bisection in ln(1 + eta)."""
-    low, high = torch.zeros_like(p[..., 0]), torch.full_like(p[..., 0], math.log(1e9))
-    for _ in range(60):
+def _multiplier(p: Tensor, q: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """eta [N] with KL(pi_eta || q) = eps, from the inside, and d eta / d ln p [N, S]."""
+    low, high = torch.zeros_like(p[..., 0]), torch.full_like(p[..., 0], 21.0)
+    # In ln(1 + eta), up to eta = 10^9: KL falls like a log-ratio's variance over 2 eta^2, at most 900 / 10^18.
+    for _ in range(56):
         middle = (low + high) / 2
-        outside = _kl(_mixed(p, q, middle.expm1()), q) > eps
-        low, high = torch.where(outside, middle, low), torch.where(outside, high, middle)
-    return high.expm1()
-
-
-def _normalized(support: Tensor, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Current (with gradient) and old log-probs [B, T, S], the sampled token's from the signals that name it."""
-    current, old = where_mask(support, mask[..., None]).chunk(2, -1)
-    current = torch.cat([where_mask(logprobs, mask)[..., None], current[..., 1:]], -1)
-    old = torch.cat([where_mask(old_logprobs.detach(), mask)[..., None], old.detach()[..., 1:]], -1)
-    return torch.log_softmax(current, -1), torch.log_softmax(old, -1)
+        beyond = _kl(_mixed(p, q, middle.expm1()), q) > eps
+        low, high = torch.where(beyond, middle, low), torch.where(beyond, high, middle)
+    pi = _mixed(p, q, high.expm1())
+    weight, d = pi.exp(), pi - q
+    off = d - (weight * d).sum(-1, keepdim=True)
+    variance = (weight * off * off).sum(-1, keepdim=True)
+    return high.expm1(), weight * off / variance.clamp(min=torch.finfo(p.dtype).tiny)
 
 
 @part("troll/project", stage="log_ratio", scope="token", paper=PAPER)
 def projected_log_ratio(
     support_logprobs: Tensor, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, *, eps: float = 0.05
 ) -> Tensor:
-    """ln pi(y) - ln q(y) [B, T], zero off the mask."""
+    """ln pi(y) - ln q(y) [B, T], zero off the mask.
+
+    Raises:
+        ValueError: when eps is not positive.
+    """
     p, q = _normalized(support_logprobs, logprobs, old_logprobs, mask)
     pi, active = project(p, q, eps)
     inside = where_mask(logprobs, mask) - where_mask(old_logprobs.detach(), mask)
@@ -150,12 +154,25 @@ def projected_log_ratio(
 def return_to_projection(
     support_logprobs: Tensor, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, *, eps: float = 0.05
 ) -> Tensor:
-    """KL(p || sg pi) [B, T], a loss, zero inside the ball."""
+    """KL(p || sg pi) [B, T] in nats, a loss, zero inside the ball and off the mask.
+
+    Raises:
+        ValueError: when eps is not positive.
+    """
     p, q = _normalized(support_logprobs, logprobs, old_logprobs, mask)
     pi, active = project(p.detach(), q, eps)
-    there = p.detach() > -1e8
-    kl = torch.where(there, p.exp() * (p - pi), torch.zeros_like(p)).sum(-1)
-    return torch.where(active & mask, kl, torch.zeros_like(kl))
+    return where_mask(_kl(p, pi), active & mask)
+
+
+def _normalized(support: Tensor, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Current (with gradient) and old log-probs [B, T, S], the sampled token's from the signals that name it."""
+
+    def law(slots: Tensor, sampled: Tensor) -> Tensor:
+        joined = torch.cat([where_mask(sampled, mask)[..., None], slots[..., 1:]], -1)
+        return torch.log_softmax(joined.clamp(min=NEVER), -1)
+
+    current, old = where_mask(support, mask[..., None]).chunk(2, -1)
+    return law(current, logprobs), law(old.detach(), old_logprobs.detach())
 
 
 @preset("troll", paper=PAPER)
