@@ -50,10 +50,11 @@ class Signals:
         return replace(self, **{n: cut.pop(n, None) for n in SIGNAL_NAMES}, extras=cut)
 
     def replace(self, **changes: Tensor | None) -> Self:
-        """A copy with some signals changed; names that are not fields go to `extras`."""
+        """A copy with some signals changed (None removes); names that are not fields go to `extras`."""
         known = {n: v for n, v in changes.items() if n in SIGNAL_NAMES}
         extra = {n: v for n, v in changes.items() if n not in SIGNAL_NAMES and v is not None}
-        return replace(self, **known, extras=self.extras | extra)
+        kept = {n: v for n, v in self.extras.items() if n not in changes}
+        return replace(self, **known, extras=kept | extra)
 
 
 SIGNAL_NAMES = tuple(f.name for f in fields(Signals) if f.name != "extras")

@@ -536,7 +536,7 @@ def _gradient(algorithm: Algorithm, signals: Signals, pieces: list[Any]) -> Tens
         if loss.requires_grad:
             torch.autograd.backward(loss)
     grads = [torch.zeros_like(v) if v.grad is None else v.grad for _, v in sorted(leaves.items())]
-    return torch.stack(grads)
+    return torch.cat([g.reshape(-1) for g in grads])
 
 
 def _with_gradients(values: dict[str, Any]) -> dict[str, Any]:
