@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -235,6 +236,18 @@ class Policy:
         """
         if Needs.parse(needs, has_values=self.value_head is not None).reference:
             self.reference.head()
+
+    @contextmanager
+    def frozen(self) -> Iterator[Self]:
+        """The policy as it was at load, for sampling from; only valid inside the context."""
+        with self.reference.active() as (trunk, head):
+            if lora.is_lora(self.model):
+                yield self
+                return
+            other = copy.copy(self)
+            other.model = other.causal = head.causal
+            other.trunk, other.head = trunk, head
+            yield other
 
     def _read_again(self) -> nn.Module:
         model = loading.load_model(cast(str, self.source), self.config, self.device).to(self.device)
