@@ -186,6 +186,8 @@ def test_mean_ratio_worked_numbers() -> None:
     found = mean_ratio(ratios.log(), torch.zeros(3, 3).double(), mask)
     close(found.exp(), [[1.1, 1.1, 1], [2, 2, 2], [1, 1, 1]])
     assert bool((found[~mask] == 0).all())
+    (slope,) = gradient(lambda lp: mean_ratio(lp, torch.zeros(3, 3).double(), mask), ratios.log())
+    assert bool((slope[~mask] == 0).all())  # the row without tokens included
 
 
 def test_mean_ratio_gradient() -> None:

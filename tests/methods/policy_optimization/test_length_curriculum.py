@@ -50,7 +50,7 @@ def test_budget_shrinks_to_the_papers_87() -> None:
     assert [token_budget(s) for s in (0, 99, 100, 200, 300)] == [256, 256, 179, 125, 87]
     assert token_budget(10**6) == 1
     assert {token_budget(s, decay=1.0) for s in range(0, 1000, 100)} == {256}
-    assert token_budget(200, budget=100, decay=0.1) == 1  # 100 * 0.1^2 is a hair below 1, and the floor is 1
+    assert token_budget(200, budget=100) == 49  # 100 * 0.7 * 0.7 is a hair below 49
 
 
 @pytest.mark.parametrize("wrong", [{"budget": 0.5}, {"decay": 0.0}, {"decay": 1.1}, {"every": 0}])

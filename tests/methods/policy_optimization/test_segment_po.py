@@ -205,6 +205,18 @@ def test_an_early_leaf_counts_as_one_child() -> None:
     close(divided, [[1, 0], [-1, -1], [-1, 1]], 1e-7)
 
 
+def test_children_weigh_alike_in_the_std_however_many_rows_they_have() -> None:
+    # The root's children: leaves with R = 1 and R = 0, and a node of two responses worth .5. V = .5, variance 1 / 6.
+    tokens, lengths = torch.tensor([[8, 0, 0], [9, 0, 0], [1, 2, 4], [1, 2, 5]]), torch.tensor([1, 1, 3, 3])
+    mask, weights = torch.arange(3)[None] < lengths[:, None], vector(1 / 3, 1 / 3, 1 / 6, 1 / 6)
+    found = tree_advantages(
+        vector(1, 0, 1, 0), tokens, lengths, torch.zeros(4).long(), mask, weights, segment=1, depth=2, divide=True
+    )
+    a = 0.5 * math.sqrt(6)
+    # The second segment is two tokens long, since it runs to the end; its rows part at the last one.
+    close(found, [[a, 0, 0], [-a, 0, 0], [0, 1, 1], [0, -1, -1]], 1e-7)
+
+
 def test_the_last_segment_runs_to_the_end() -> None:
     tokens = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 3, 4, 6], [1, 7, 3, 4, 5]])
     found = segment_tree(vector(1, 0, 0), tokens, torch.full((3,), 5), torch.zeros(3).long(), ones(3, 5), segment=2,

@@ -218,4 +218,4 @@ def test_mechanism_shows_on_the_batch(without: dict[str, None]) -> None:
 def test_missing_answers_are_named() -> None:
     rollouts, signals = synthetic_batch()
     with pytest.raises(ValueError, match="answers"):
-        make("spine").plan(rollouts, signals)
+        make("spine").plan(rollouts.replace(answers=None), signals)

@@ -65,7 +65,7 @@ def token_hidden_reward(
     *, p: float = 0.1, beta: float = 1.0, threshold: Literal["influence", "none"] = "influence",
 ) -> Tensor:  # fmt: skip
     """Advantages [B, T] of the dominant tokens, reinforced by p with the sign of their influence; others 0."""
-    score = where_mask(hidden_influence[..., 0].detach(), mask)
+    score = where_mask(hidden_influence[..., 0].detach(), mask).to(advantages.dtype)
     right, mixed = _sides(outcomes, group_ids, mask)
     signed = torch.where(right[:, None], score, -score)
     chosen = mask
@@ -81,7 +81,7 @@ def negative_hidden_reward(
     *, beta: float = 1.0,
 ) -> Tensor:  # fmt: skip
     """Advantages [B, T], those of wrong-row tokens that resemble right responses scaled by 2 |1/2 - share right|."""
-    score = where_mask(hidden_influence[..., 1].detach(), mask)
+    score = where_mask(hidden_influence[..., 1].detach(), mask).to(advantages.dtype)
     right, mixed = _sides(outcomes, group_ids, mask)
     share = group_mean(right.to(advantages.dtype), group_ids, _scored(outcomes, mask))
     limit = _threshold(score, right, group_ids, mask, beta)

@@ -2,7 +2,7 @@
 
 Per token, with p the current and q the old distribution on a sparse support:
 pi = p where KL(p || q) <= eps, else pi = (q^eta p)^(1 / (eta + 1)) / Z with eta > 0 such that KL(pi || q) = eps,
-the solution of min KL(pi || p) subject to KL(pi || q) <= eps. KL(pi_eta || q) falls in eta, so eta is bisected.
+the solution of min KL(pi || p) subject to KL(pi || q) <= eps. KL(pi_eta || q) falls in eta, so there is one such eta.
 objective = pi(y) / q(y) A, plus a loss alpha KL(p || sg pi) that pulls p back to its projection       [B, T]
 Gradient through eta in closed form: d_j = ln pi_j - ln q_j, d eta / d ln p_j = pi_j (d_j - eps) / Var_pi(d).
 Support: the most likely K tokens of each of the two, cut where their mass reaches 1 - delta, and the sampled token.
@@ -29,6 +29,7 @@ SUPPORT, TAIL, FLOOR = 64, 1e-5, 1e-12
 """K; delta, the mass that may stay outside of the support; q_min."""
 NEVER = -1e9
 """ln of an impossible token's probability: finite, because 0 * inf has no gradient."""
+TINY = 1e-300
 
 
 def _old_example(rows: int, width: int, generator: torch.Generator) -> Tensor:
@@ -106,8 +107,9 @@ def project(logp: Tensor, logq: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         active = _kl(p, q) > eps
         eta, slope = torch.zeros_like(p[..., 0]), torch.zeros_like(p)
-        found = _multiplier(p[active].double(), q[active].double(), eps)
-        eta[active], slope[active] = (x.to(p.dtype) for x in found)
+        if bool(active.any()):
+            found = _multiplier(p[active].double(), q[active].double(), eps)
+            eta[active], slope[active] = (x.to(p.dtype) for x in found)
     # eta with its gradient: the second summand is zero.
     return _mixed(p, q, eta + (slope * (p - p.detach())).sum(-1)), active
 
@@ -121,18 +123,30 @@ def _kl(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _multiplier(p: Tensor, q: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """eta [N] with KL(pi_eta || q) = eps, from the inside, and d eta / d ln p [N, S]."""
-    low, high = torch.zeros_like(p[..., 0]), torch.full_like(p[..., 0], 21.0)
-    # In ln(1 + eta), up to eta = 10^9: KL falls like a log-ratio's variance over 2 eta^2, at most 900 / 10^18.
-    for _ in range(56):
-        middle = (low + high) / 2
-        beyond = _kl(_mixed(p, q, middle.expm1()), q) > eps
-        low, high = torch.where(beyond, middle, low), torch.where(beyond, high, middle)
-    pi = _mixed(p, q, high.expm1())
-    weight, d = pi.exp(), pi - q
-    off = d - (weight * d).sum(-1, keepdim=True)
-    variance = (weight * off * off).sum(-1, keepdim=True)
-    return high.expm1(), weight * off / variance.clamp(min=torch.finfo(p.dtype).tiny)
+    """eta [N] with KL(pi_eta || q) = eps, and d eta / d ln p [N, S].
+
+    In s = 1 / (eta + 1), pi ~ q exp(s u) with u = ln p - ln q, dKL/ds = s Var_pi(u), and the root of KL is nearly
+    linear: Newton's steps on it, halving where they leave the bounds.
+    """
+    u = p - q
+    s, low, high = torch.ones_like(p[..., 0]), torch.zeros_like(p[..., 0]), torch.ones_like(p[..., 0])
+    for _ in range(60):
+        pi = torch.log_softmax(q + s[..., None] * u, -1)
+        weight, d = pi.exp(), pi - q
+        kl = (weight * d).sum(-1)
+        if bool(((kl - eps).abs() <= 1e-13 + 1e-12 * eps).all()):
+            break
+        high, low = torch.where(kl > eps, s, high), torch.where(kl > eps, low, s)
+        root = kl.clamp(min=0).sqrt()
+        step = s - 2 * root * (root - eps**0.5) / (s * _variance(weight, u).clamp(min=TINY))
+        s = torch.where((step > low) & (step < high), step, (low + high) / 2)
+    off = d - kl[..., None]
+    return 1 / s - 1, weight * off / _variance(weight, d).clamp(min=TINY)[..., None]
+
+
+def _variance(weight: Tensor, x: Tensor) -> Tensor:
+    off = x - (weight * x).sum(-1, keepdim=True)
+    return (weight * off * off).sum(-1)
 
 
 @part("troll/project", stage="log_ratio", scope="token", paper=PAPER)
