@@ -21,13 +21,13 @@ from tokenloom.batch import Rollouts
 from tokenloom.catalog import check_parameters, get_preset, parts, suggest
 from tokenloom.composition import Blend, Bound, PartSpec, Term, parse, parse_blend, parse_many, parse_term, parse_terms
 from tokenloom.plan import Metrics, Plan, Update
-from tokenloom.planning import Planner, plan_context, rows_that_may_enter
+from tokenloom.planning import Planner, expect, plan_context, rows_that_may_enter
 from tokenloom.signals import ATTENTION_SIGNALS, CHUNK_SIGNALS, SIGNAL_NAMES, Signals, signal_names
 from tokenloom.vocabulary import CURRENT, EXTRAS, GIVEN_BY_ADVANTAGES
 
 _SINGLE = ("advantage", "aggregate", "log_ratio", "bounds", "surrogate", "updates")
 _LISTS = ("sampling", "reward", "select", "credit", "weight", "metric")
-_STAGES = (*_SINGLE, *_LISTS, "terms", "blend")
+_STAGES = (*_SINGLE, *_LISTS, "terms", "blend", "branch")
 _STATEFUL = ("reward", "advantage", "select", "credit", "weight", "updates")
 
 
@@ -52,6 +52,7 @@ class Algorithm:
     weight: tuple[Bound, ...] = ()
     terms: tuple[Term, ...] = ()
     blend: Blend | None = None
+    branch: Bound | None = None
     metric: tuple[Bound, ...] = ()
     preset: str = "custom"
 
@@ -101,6 +102,8 @@ class Algorithm:
             # A sampling part reads the state of its method and hands nothing on.
             if "state" in inputs and stage not in (*_STATEFUL, "sampling"):
                 raise ValueError(f"part {name!r} cannot carry state at stage {stage!r}; stages that do: {_STATEFUL}")
+            if stage == "branch" and (signals := self._signals_of(bound)):
+                raise ValueError(f"part {name!r} reads {sorted(signals)}, which is not there before the batch is")
             if stage == "sampling" and (unknown := inputs - {"logits", "step", "total_steps", "state"}):
                 raise ValueError(f"part {name!r} reads {sorted(unknown)}, which is not there while sampling")
 
@@ -121,6 +124,7 @@ class Algorithm:
         weight: Any = (),
         terms: Any = (),
         blend: Any = None,
+        branch: PartSpec | None = None,
         metric: Any = (),
         preset: str = "custom",
     ) -> Self:
@@ -143,6 +147,7 @@ class Algorithm:
             weight=parse_many("weight", weight, ()),
             terms=parse_terms(terms, ()),
             blend=parse_blend(blend),
+            branch=None if branch is None else parse("branch", branch),
             metric=parse_many("metric", metric, ()),
             preset=preset,
         )
@@ -190,6 +195,8 @@ class Algorithm:
                 changes[name] = parse_terms(spec, self.terms)
             elif name == "blend":
                 changes[name] = parse_blend(spec, self.blend)
+            elif name == "branch":
+                changes[name] = None if spec is None else parse("branch", spec, self.branch)
             else:
                 raise ValueError(f"unknown stage {name!r}{suggest(name, (*_SINGLE, *_LISTS, 'terms'))}")
         return replace(self, **changes)
@@ -222,6 +229,7 @@ class Algorithm:
         out: dict[str, Any] = {name: getattr(self, name).recipe() for name in _SINGLE}
         out |= {name: [b.recipe() for b in getattr(self, name)] for name in _LISTS if getattr(self, name)}
         out |= {"terms": [t.recipe() for t in self.terms]} if self.terms else {}
+        out |= {"branch": self.branch.recipe()} if self.branch else {}
         return out | ({"blend": self.blend.recipe()} if self.blend else {})
 
     def describe(self) -> list[str]:
@@ -232,6 +240,7 @@ class Algorithm:
             value = getattr(self, name)
             lines += [f"{name:<10} {b}  [{b.part.paper}]" for b in (value if isinstance(value, tuple) else (value,))]
         lines += [f"{'term':<10} {t}  [{t.part.part.paper}]" for t in self.terms]
+        lines += [f"{'branch':<10} {self.branch}  [{self.branch.part.paper}]"] if self.branch else []
         return lines + ([f"{'blend':<10} {self.blend}  [{self.blend.part.part.paper}]"] if self.blend else [])
 
     @property
@@ -268,6 +277,8 @@ class Algorithm:
         """What parts or their signals read of `Rollouts.extras`, to be collected with the responses."""
         names = {n for _, bound in self.bound_parts() for n in bound.part.inputs}
         names |= {n for signal in names & ATTENTION_SIGNALS.keys() for n in ATTENTION_SIGNALS[signal].inputs}
+        if self.branch is None:
+            names -= {"segment_values"}  # there is nothing to draw; parts fall back on what they have
         return frozenset(names & EXTRAS.keys())
 
     @property
@@ -306,6 +317,16 @@ class Algorithm:
             return logits
 
         return shape
+
+    def branches(self, rollouts: Rollouts, *, step: int = 0, total_steps: int | None = None) -> Tensor | None:
+        """How many further responses to draw from the state before each token, [B, T] int64; None without that stage.
+
+        The mean rewards of those responses are collected as `segment_values`.
+        """
+        if self.branch is None:
+            return None
+        ctx = plan_context(rollouts, Signals(), step, total_steps, None)
+        return expect(self.branch, ctx.call(self.branch), rollouts.mask)
 
     # -- the plan -----------------------------------------------------------------------------------
 
@@ -401,7 +422,7 @@ class Algorithm:
 
     def _plan_parts(self) -> list[tuple[str, Bound]]:
         found = [(k, b) for k, b in self.bound_parts() if not b.late]
-        own = {"surrogate", "log_ratio", "bounds", "blend/surrogate"}
+        own = {"surrogate", "log_ratio", "bounds", "blend/surrogate", "branch"}
         found = [(k, b) for k, b in found if k not in own and b.part.stage not in ("term", "sampling")]
         return found + [(f"terms/{i}/aggregate", t.aggregate) for i, t in enumerate(self.terms) if t.aggregate]
 

@@ -30,7 +30,7 @@ from tokenloom.vocabulary import known_names
 
 Stage = Literal[
     "sampling", "reward", "advantage", "select", "credit", "weight", "aggregate",
-    "log_ratio", "bounds", "surrogate", "term", "updates", "blend", "metric",
+    "log_ratio", "bounds", "surrogate", "term", "updates", "blend", "branch", "metric",
 ]  # fmt: skip
 Scope = Literal["token", "row", "group", "batch"]
 F = TypeVar("F", bound=Callable[..., Any])

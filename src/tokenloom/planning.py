@@ -36,6 +36,7 @@ def plan_context(
     if outcomes is not None and not outcomes.is_floating_point():
         outcomes = outcomes.to(torch.float32 if signals.logprobs is None else signals.logprobs.dtype)
     values |= {"outcomes": outcomes, "max_tokens": rollouts.sampling.max_tokens or None, "step": step}
+    values |= {"reward_components": rollouts.reward_components or None}
     values |= {"total_steps": total, "generator": generator or seeded(step, rollouts.mask.device)}
     values |= signals.detach().named()
     if values.get("old_values") is not None:

@@ -428,7 +428,7 @@ def host(part: Part) -> Algorithm:
 
 
 def _in_the_loss(part: Part) -> bool:
-    return part.stage not in ("sampling", "metric", "updates")
+    return part.stage not in ("sampling", "metric", "updates", "branch")
 
 
 @_law(_in_the_loss)
@@ -474,6 +474,19 @@ def _limits_enclose_one(part: Part) -> None:
     rollouts, signals = random_batch(19)
     lo, hi, cap = (torch.as_tensor(x) for x in evaluate(part, vocabulary_values(rollouts, signals)))
     assert bool((lo <= 1).all() and (hi >= 1).all() and (cap >= hi).all()), f"{part.name}: lo <= 1 <= hi <= cap fails"
+
+
+@_law(lambda p: p.stage == "branch")
+def _branches_are_counts_of_sampled_tokens(part: Part) -> None:
+    rollouts, signals = random_batch(23)
+    values = vocabulary_values(rollouts, signals)
+    out = evaluate(part, values)
+    assert out.shape == rollouts.mask.shape, f"{part.name}: shape {tuple(out.shape)}"
+    assert out.dtype == torch.int64, f"{part.name}: counts are int64, got {out.dtype}"
+    assert bool((out >= 0).all() and (out[~rollouts.mask] == 0).all()), f"{part.name}: a count off the mask or below 0"
+    assert bool((out > 0).any()), f"{part.name}: nothing branches"
+    poisoned = evaluate(part, _poison(values, rollouts.mask, float("nan")))
+    assert torch.equal(out, poisoned), f"{part.name}: NaN off the mask changed the counts"
 
 
 @_law(lambda p: p.stage == "metric")

@@ -10,6 +10,8 @@ from tokenloom.signals import signal_names
 
 EXTRAS: dict[str, str] = {
     "reference_rewards": "[B] reward of one response of the frozen reference to the row's prompt",
+    "segment_values": "[B, T] mean reward of extra responses branched before token t; NaN where none were drawn",
+    "branch_weights": "[B] product of 1 / branches along the row's path in a tree of responses",
     "answer_mask": "[B, T] bool, the token belongs to the final answer; all False where none was found",
 }
 """What is collected beside the responses when a part asks for it, into `Rollouts.extras`."""
@@ -31,6 +33,7 @@ VOCABULARY: dict[str, str] = {
     # rewards
     "outcomes": "[B] rewards as the verifiers gave them, before the reward stage",
     "rewards": "[B] rewards after the reward stage; NaN marks a row that could not be scored",
+    "reward_components": "dict of [B] unweighted rewards by verifier",
     "token_rewards": "[B, T] rewards by token; an outcome sits on the last sampled token",
     # signals
     "logprobs": "[B, T] log-probs under the policy being trained, with gradient in the loss",

@@ -186,7 +186,7 @@ NEEDS: dict[str, tuple[set[str], set[str]]] = {
     "balanced-aggregation": (set(), {"logprobs"}),
     "canon": ({"entropies"}, {"logprobs"}),
     "copo": (set(), {"logprobs"}),
-    "ctpo": ({"old_logprobs"}, {"logprobs"}),  # sixteen mini-batches
+    "ctpo": ({"old_logprobs"}, {"logprobs"}),  # several mini-batches
     "d3s": ({"entropies"}, {"logprobs"}),
     "delta-credit": ({"old_logprobs", "head_inputs"}, {"logprobs"}),
     "dhpo": (set(), {"logprobs"}),

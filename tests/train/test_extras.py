@@ -9,7 +9,7 @@ import torch
 
 from tokenloom.batch import Rollouts
 from tokenloom.policy import Policy
-from tokenloom.train.extras import answer_mask, with_extras
+from tokenloom.train.extras import answer_mask, segment_values, with_extras
 
 
 @pytest.fixture(scope="module")
@@ -76,14 +76,36 @@ def test_tool_output_is_not_marked(tokenizer: Any) -> None:
 def test_only_what_is_needed_is_collected(tokenizer: Any) -> None:
     rollouts = rollouts_of(tokenizer, ["the answer is 42"], ["42"])
 
-    def never() -> Rollouts:
-        raise AssertionError("the reference was asked")
+    def never(*_: Any) -> Rollouts:
+        raise AssertionError("the policy was asked")
 
-    assert with_extras([], rollouts, tokenizer, never) is rollouts
-    assert set(with_extras(["answer_mask"], rollouts, tokenizer, never).extras) == {"answer_mask"}
+    none: dict[str, Any] = {"answered": never, "continued": never, "branches": None}
+    assert with_extras([], rollouts, tokenizer, **none) is rollouts
+    assert set(with_extras(["answer_mask"], rollouts, tokenizer, **none).extras) == {"answer_mask"}
     rewards = torch.tensor([0.25])
-    found = with_extras(["reference_rewards"], rollouts, tokenizer, lambda: rollouts.replace(rewards=rewards))
+    asked = none | {"answered": lambda: rollouts.replace(rewards=rewards)}
+    found = with_extras(["reference_rewards"], rollouts, tokenizer, **asked)
     assert torch.equal(found.extras["reference_rewards"], rewards)
+
+
+def test_rows_share_the_continuations_of_a_shared_prefix() -> None:
+    rollouts = Rollouts.build([[1], [1], [2]], [[5, 6, 7], [5, 6, 8], [5, 6, 7]], [0, 0, 1])
+    branches = torch.tensor([[2, 0, 2], [3, 0, 0], [0, 1, 0]])
+    asked: list[Any] = []
+
+    def continued(rows: list[int], prefixes: list[Any], counts: list[int]) -> Rollouts:
+        asked.extend(zip(rows, [p.tolist() for p in prefixes], counts, strict=True))
+        groups = [g for g, n in enumerate(counts) for _ in range(n)]
+        rewards = torch.arange(len(groups), dtype=torch.float32)
+        rewards[0] = float("nan")
+        return Rollouts.build([[1]] * len(groups), [[3]] * len(groups), groups, rewards=rewards)
+
+    values = segment_values(rollouts, branches, continued)
+    assert asked == [(0, [1], 3), (0, [1, 5, 6], 2), (2, [2, 5], 1)]
+    nan = float("nan")
+    # Rewards nan, 1, 2 at the shared root; 3, 4 behind two tokens; 5 in the other prompt.
+    wanted = torch.tensor([[1.5, nan, 3.5], [1.5, nan, nan], [nan, 5.0, nan]])
+    torch.testing.assert_close(values, wanted, equal_nan=True)
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2}], ids=["full", "lora"])

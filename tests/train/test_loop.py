@@ -69,9 +69,13 @@ def test_the_learning_rate_follows_its_schedule(tiny: Tiny, tmp_path: Path) -> N
     assert [line["lr"] for line in steps(tmp_path)] == [0.005, 0.01, 0.0]
 
 
-@pytest.mark.parametrize("slug", sorted(presets()))
-def test_every_preset_trains(tiny: Tiny, tmp_path: Path, slug: str) -> None:
-    recipe = tiny.recipe(algorithm={"preset": slug}, rollout={"prompts_per_step": 4, "group_size": 4, "max_tokens": 3})
+ALGORITHMS: list[dict[str, Any]] = [{"preset": slug} for slug in sorted(presets())]
+ALGORITHMS += [{"preset": "segment-po", "samples": 2}, {"preset": "segment-po", "kind": "tree"}]
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda a: "-".join(map(str, a.values())))
+def test_every_preset_trains(tiny: Tiny, tmp_path: Path, algorithm: dict[str, Any]) -> None:
+    recipe = tiny.recipe(algorithm=algorithm, rollout={"prompts_per_step": 4, "group_size": 4, "max_tokens": 3})
     with Session(recipe, tmp_path, []) as session:
         start = copies(session)
         session.trainer.step(0)

@@ -14,6 +14,7 @@ from tokenloom.batch import Rollouts
 from tokenloom.masked import group_index
 from tokenloom.tasks import Item
 from tokenloom.train.data import PromptStream, derive
+from tokenloom.train.extras import with_extras
 from tokenloom.train.recipe import Recipe
 from tokenloom.train.respond import Report, Responder, Responses
 
@@ -59,7 +60,7 @@ class Collector:
         groups = 0
         while groups < wanted and len(rounds) < limit:
             items = self.stream.draw(wanted, step / total)
-            responses = self._round(algorithm, items, step, len(rounds), report)
+            responses = self._round(algorithm, items, step, len(rounds), state, report)
             keep = algorithm.keep(responses.rollouts, state, step=step, total_steps=total)
             chosen = torch.unique(responses.rollouts.group_ids[keep])[: wanted - groups]
             rows = torch.isin(responses.rollouts.group_ids, chosen).nonzero().reshape(-1)
@@ -70,10 +71,17 @@ class Collector:
         if not groups:
             # Nothing to learn from: the last round stands for the step, which is measured and changes nothing.
             kept = [(len(rounds) - 1, torch.arange(len(rounds[-1].texts)))]
-        return self._join(rounds, drawn, [(n, rows) for n, rows in kept if len(rows)])
+        joined = self._join(rounds, drawn, [(n, rows) for n, rows in kept if len(rows)])
+        return self._with_extras(algorithm, joined, step, report)
 
     def _round(
-        self, algorithm: Algorithm, items: list[Item], step: int, number: int, report: Report | None
+        self,
+        algorithm: Algorithm,
+        items: list[Item],
+        step: int,
+        number: int,
+        state: Mapping[str, Any] | None,
+        report: Report | None,
     ) -> Responses:
         config = self.recipe.rollout
         responses = self.responder.respond(
@@ -82,10 +90,38 @@ class Collector:
             copies=config.group_size,
             generator=torch.Generator().manual_seed(derive(self.recipe.train.seed, "rollout", step, number)),
             report=report,
-            shape=algorithm.shape_logits(step=step, total_steps=self.recipe.train.steps),
+            shape=algorithm.shape_logits(step=step, total_steps=self.recipe.train.steps, state=state),
         )
         version = torch.full((len(responses.texts),), step, dtype=torch.int64)
         return replace(responses, rollouts=responses.rollouts.replace(policy_version=version))
+
+    def _with_extras(self, algorithm: Algorithm, joined: Collected, step: int, report: Report | None) -> Collected:
+        config, total = self.recipe.rollout, self.recipe.train.steps
+
+        def generator(name: str) -> torch.Generator:
+            return torch.Generator().manual_seed(derive(self.recipe.train.seed, name, step))
+
+        def answered() -> Rollouts:
+            first = {g: i for i, g in reversed(list(enumerate(joined.rollouts.group_ids.tolist())))}
+            items = [joined.items[first[g]] for g in sorted(first)]
+            with self.responder.policy.frozen() as old:
+                responses = self.responder.under(old).respond(
+                    items, config.sampling(), copies=config.group_size, generator=generator("reference"), report=report
+                )
+            return responses.rollouts
+
+        def continued(rows: list[int], prefixes: list[Tensor], counts: list[int]) -> Rollouts:
+            lengths = [len(joined.rollouts.prompt_tokens[row]) for row in rows]
+            return self.responder.continue_from(
+                [joined.items[row] for row in rows], lengths, prefixes, config.sampling(), counts=counts,
+                generator=generator("branches"), report=report,
+            )  # fmt: skip
+
+        rollouts = with_extras(
+            algorithm.rollout_needs, joined.rollouts, self.responder.policy.tokenizer, answered=answered,
+            continued=continued, branches=algorithm.branches(joined.rollouts, step=step, total_steps=total),
+        )  # fmt: skip
+        return replace(joined, rollouts=rollouts)
 
     def _join(self, rounds: list[Responses], drawn: list[list[Item]], kept: list[tuple[int, Tensor]]) -> Collected:
         parts, items, texts = [], [], []

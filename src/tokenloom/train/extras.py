@@ -13,9 +13,20 @@ from tokenloom.batch import Rollouts
 Answered = Callable[[], Rollouts]
 """Lets the frozen reference answer the same prompts, as often as they were answered."""
 
+Continued = Callable[[list[int], list[Tensor], list[int]], Rollouts]
+"""Rewarded continuations, grouped in order, of prefixes given as the batch's row, the ids so far, and how many."""
 
-def with_extras(needs: Collection[str], rollouts: Rollouts, tokenizer: Any, answered: Answered) -> Rollouts:
-    """`rollouts` with the extras that `needs` names."""
+
+def with_extras(
+    needs: Collection[str],
+    rollouts: Rollouts,
+    tokenizer: Any,
+    *,
+    answered: Answered,
+    continued: Continued,
+    branches: Tensor | None,
+) -> Rollouts:
+    """`rollouts` with the extras that `needs` names; `branches` [B, T] says how many continuations to draw where."""
     found: dict[str, Tensor] = {}
     if "answer_mask" in needs:
         found["answer_mask"] = answer_mask(tokenizer, rollouts)
@@ -24,7 +35,33 @@ def with_extras(needs: Collection[str], rollouts: Rollouts, tokenizer: Any, answ
         rewards = answered().rewards
         assert rewards is not None
         found["reference_rewards"] = rewards
+    if "segment_values" in needs and branches is not None:
+        found["segment_values"] = segment_values(rollouts, branches, continued)
     return rollouts.replace(extras=rollouts.extras | found) if found else rollouts
+
+
+def segment_values(rollouts: Rollouts, branches: Tensor, continued: Continued) -> Tensor:
+    """[B, T] mean reward of `branches` continuations drawn before token t, NaN where none were (or none was scored).
+
+    Rows that share a prefix share its continuations, as many as the row with the most asks for.
+    """
+    places: dict[tuple[tuple[int, ...], tuple[int, ...]], list[tuple[int, int]]] = {}
+    for row, t in branches.nonzero().tolist():
+        key = (tuple(rollouts.prompt_tokens[row].tolist()), tuple(rollouts.tokens[row, :t].tolist()))
+        places.setdefault(key, []).append((row, t))
+    values = torch.full(rollouts.mask.shape, float("nan"))
+    if not places:
+        return values
+    rows = [at[0][0] for at in places.values()]
+    prefixes = [torch.tensor([*prompt, *begun], dtype=torch.int64) for prompt, begun in places]
+    counts = [max(int(branches[row, t]) for row, t in at) for at in places.values()]
+    drawn = continued(rows, prefixes, counts)
+    assert drawn.rewards is not None
+    for number, at in enumerate(places.values()):
+        mean = drawn.rewards[drawn.group_ids == number].nanmean()
+        for row, t in at:
+            values[row, t] = mean
+    return values
 
 
 def answer_mask(tokenizer: Any, rollouts: Rollouts) -> Tensor:

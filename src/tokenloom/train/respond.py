@@ -95,6 +95,47 @@ class Responder:
         )
         return Responses(rollouts, texts, scores.correct, scores.errors + scores.timeouts, scores.messages)
 
+    def under(self, policy: Policy) -> Responder:
+        """The same with another policy."""
+        return Responder(
+            policy,
+            self.verifier,
+            environment=self.environment,
+            max_rows=self.max_rows,
+            max_turns=self.max_turns,
+            total_tokens=self.total_tokens,
+        )
+
+    def continue_from(
+        self,
+        items: Sequence[Item],
+        prompt_lengths: Sequence[int],
+        prefixes: Sequence[Tensor],
+        sampling: Sampling,
+        *,
+        counts: Sequence[int],
+        generator: torch.Generator,
+        report: Report | None = None,
+    ) -> Rollouts:
+        """`counts` rewarded continuations of each of `prefixes` (prompt and begun response), `group_ids` its number.
+
+        Raises:
+            ValueError: for a task with an environment, whose state in the middle of a response is not kept.
+        """
+        if self.environment is not None:
+            raise ValueError(
+                "responses of a multi-turn task cannot be continued from the middle; use another algorithm"
+            )
+        rollouts = generate(
+            self.policy, prefixes, sampling, copies=counts, generator=generator, progress=report, max_rows=self.max_rows
+        )
+        groups = [int(g) for g in rollouts.group_ids]
+        begun = [prefixes[g][prompt_lengths[g] :] for g in groups]
+        whole = [torch.cat([b, rollouts.response(i)]).tolist() for i, b in enumerate(begun)]
+        texts = self.policy.tokenizer.batch_decode(whole, skip_special_tokens=True)
+        scores = self.verifier.score([items[g] for g in groups], texts)
+        return rollouts.replace(rewards=torch.tensor(scores.rewards, dtype=torch.float32))
+
     def _decode(self, rollouts: Rollouts) -> list[str]:
         rows = [rollouts.response(i).tolist() for i in range(len(rollouts))]
         texts: list[str] = self.policy.tokenizer.batch_decode(rows, skip_special_tokens=True)

@@ -36,7 +36,7 @@ LOG_RATIOS = row(0.1, 0.1, -0.3)
 def test_defaults() -> None:
     assert defaults("ctpo") == {"mode": "cumprod", "limit": 10.0}
     assert defaults("ctpo/bounds") == {"low": 0.025, "high": 0.05, "cap": 0.05, "power": 0.5}
-    assert preset_defaults("ctpo") == {"mode": "cumprod", "mini_batches": 16, "sampler_cap": 5.0}
+    assert preset_defaults("ctpo") == {"mode": "cumprod", "mini_batches": 4, "sampler_cap": 5.0}
     algorithm = make("ctpo")
     assert (algorithm.terms, algorithm.surrogate.part.name) == ((), "dual-clip")
     assert algorithm.weight[0].params == {"level": "sequence", "maximum": 5.0}

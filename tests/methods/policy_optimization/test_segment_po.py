@@ -52,6 +52,7 @@ def test_defaults() -> None:
     assert preset_defaults("segment-po") == {
         "kind": "chain", "threshold": 0.9, "every": 5, "whitened": True, "segment": 600, "depth": 3, "divide": False,
         "kl_coef": 1e-4, "skip_ratio": None,
+        "samples": 0,
     }  # fmt: skip
     (kl,) = make("segment-po").terms
     assert (kl.coef, [w.part.name for w in kl.weight]) == (1e-4, ["segment-po/probability-mask"])

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -166,11 +166,11 @@ def attention_entropy_preset(
     normalized: bool = False,
 ) -> Algorithm:
     """GRPO without KL and the token mean, with soft weights on all tokens (`lam`) or on a subset of them only."""
-    of = {"average": average, "normalized": normalized}
+    of: dict[str, Any] = {"average": average, "normalized": normalized}
     count = "mask" if train_on == "all" or normalizer == "all" else "weights"
-    weight = {"part": "attention-entropy", "lam": lam} | of
+    weight = of | {"part": "attention-entropy", "lam": lam}
     if train_on != "all":
-        weight = {"part": "attention-entropy/subset", "of": train_on, "fraction": fraction} | of
+        weight = of | {"part": "attention-entropy/subset", "of": train_on, "fraction": fraction}
     return Algorithm.compose(
         advantage="grpo",
         weight=[weight],

@@ -75,9 +75,9 @@ def position_bounds(
 
 @preset("ctpo", paper="arXiv:2605.07331")
 def ctpo_preset(
-    *, mode: Literal["cumprod", "geomean"] = "cumprod", mini_batches: int = 16, sampler_cap: float | None = 5.0
+    *, mode: Literal["cumprod", "geomean"] = "cumprod", mini_batches: int = 4, sampler_cap: float | None = 5.0
 ) -> Algorithm:
-    """GRPO's advantage, cumulative ratio, bounds by position, dual clip, token mean, no KL; 16 updates per batch.
+    """GRPO's advantage, cumulative ratio, bounds by position, dual clip, token mean, no KL; several updates per batch (the paper: 16).
 
     `sampler_cap` truncates the sequence weight against the sampling engine (TIS); None leaves it out. In a single
     update all ratios are 1 and nothing is corrected.

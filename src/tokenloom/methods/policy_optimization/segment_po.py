@@ -10,11 +10,11 @@ through one edge hold it together, so `edges` weighs it as one training episode,
 Only tokens with a probability below the threshold enter the loss and its normalizer; the chain's advantages are
 whitened over them (no Bessel).
 
-The paper draws extra samples at the cut points (`chain_advantages` takes their means as `segment_values`) or
-branches the responses (`tree_advantages` takes the probability of each row's branches as `row_weights`). The parts
-below need neither: the value of a state is the mean reward of the group's responses that go through it.
-Deviations: that, the library's guard of 20 on log-ratios (10 there), and `skip_ratio`, off by default, since without
-several updates per batch the ratio is 1 and it costs a forward pass. Limits: without shared prefixes a chain is
+The paper draws extra samples at the cut points (`samples` of the preset; their means are `segment_values`) or
+branches the responses (`tree_advantages` takes the probability of each row's branches as `row_weights`). Without
+extra samples the value of a state is the mean reward of the group's responses that go through it.
+Deviations: that default, the library's guard of 20 on log-ratios (10 there), and `skip_ratio`, off by default, since
+without several updates per batch the ratio is 1 and it costs a forward pass. Limits: without shared prefixes a chain is
 R - mean_g on its first segment and 0 behind. Fidelity: code.
 """
 
@@ -41,11 +41,14 @@ def segment_po(
     lengths: Tensor,
     group_ids: Tensor,
     mask: Tensor,
+    segment_values: Tensor | None = None,
     *,
     threshold: float = 0.9,
     every: int = 5,
 ) -> Tensor:
-    """Chain advantages [B, T] with the values of the group's own prefix tree."""
+    """Chain advantages [B, T] with `segment_values`, or with the values of the group's own prefix tree."""
+    if segment_values is not None:
+        return chain_advantages(segment_values.to(rewards.dtype), rewards, old_logprobs, mask, threshold=threshold)
     cuts = cut_points(old_logprobs, mask, threshold=threshold, every=every)
     values = prefix_values(prefix_nodes(tokens, lengths, group_ids), rewards, ~rewards.isnan())[:, :-1]
     segment_values = torch.where(cuts, values, torch.full_like(values, float("nan")))
@@ -66,6 +69,20 @@ def segment_tree(
 ) -> Tensor:
     """Tree advantages [B, T] with each response counting alike, as for responses sampled without branching."""
     return tree_advantages(rewards, tokens, lengths, group_ids, mask, segment=segment, depth=depth, divide=divide)
+
+
+@part("segment-po/branches", stage="branch", scope="row", paper=_PAPER)
+def branches(
+    sampler_logprobs: Tensor, mask: Tensor, *, threshold: float = 0.9, every: int = 5, samples: int = 4
+) -> Tensor:
+    """How many responses to draw from the state before each token, [B, T] int64: `samples` at the cut points.
+
+    Raises:
+        ValueError: for fewer than one sample.
+    """
+    if samples < 1:
+        raise ValueError(f"samples is the number of responses per cut point and must be at least 1, got {samples}")
+    return samples * cut_points(sampler_logprobs, mask, threshold=threshold, every=every).long()
 
 
 def cut_points(old_logprobs: Tensor, mask: Tensor, *, threshold: float = 0.9, every: int = 5) -> Tensor:
@@ -200,10 +217,15 @@ def segment_po_preset(
     segment: int = 600,
     depth: int = 3,
     divide: bool = False,
+    samples: int = 0,
     kl_coef: float = 1e-4,
     skip_ratio: float | None = None,
 ) -> Algorithm:
-    """SPO-chain or SPO-tree: PPO's clip on unlikely tokens, a small k3 KL to the reference on the same tokens."""
+    """SPO-chain or SPO-tree: PPO's clip on unlikely tokens, a small k3 KL to the reference on the same tokens.
+
+    `samples` > 0 draws that many responses at every cut point of a chain (the paper: 4 to 9); 0 takes the values of
+    the group's own responses.
+    """
     chain = kind == "chain"
     unlikely: dict[str, Any] = {"part": "segment-po/probability-mask", "threshold": threshold}
     tree = {"segment": segment, "depth": depth}
@@ -215,6 +237,9 @@ def segment_po_preset(
         advantage=own if chain else {"part": "segment-po/tree", "divide": divide} | tree,
         credit=credit + ([{"part": "segment-po/skip", "limit": skip_ratio}] if skip_ratio is not None else []),
         weight=[unlikely] + ([] if chain else [{"part": "segment-po/edges"} | tree]),
+        branch={"part": "segment-po/branches", "threshold": threshold, "every": every, "samples": samples}
+        if chain and samples
+        else None,
         surrogate="ppo-clip",
         aggregate=over,
         terms=[kl] if kl_coef else [],

@@ -44,7 +44,7 @@ def hidden_influence(
         return out
     states, ids = hidden[mask], tokens[mask]
     vocabulary = torch.unique(ids)
-    chunks = zip(states.split(CHUNK), ids.split(CHUNK), strict=True)
+    chunks = zip(torch.split(states, CHUNK), torch.split(ids, CHUNK), strict=True)
     errors = torch.cat([_errors(logits(h), y, vocabulary) for h, y in chunks]).to(hidden.dtype)
     right = (outcomes > RIGHT)[:, None].expand(mask.shape)[mask].to(errors.dtype)
     length = mask.sum(-1, keepdim=True).expand(mask.shape)[mask]

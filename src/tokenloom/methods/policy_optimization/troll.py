@@ -134,12 +134,13 @@ def _multiplier(p: Tensor, q: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         pi = torch.log_softmax(q + s[..., None] * u, -1)
         weight, d = pi.exp(), pi - q
         kl = (weight * d).sum(-1)
-        if bool(((kl - eps).abs() <= 1e-13 + 1e-12 * eps).all()):
+        found = (kl - eps).abs() <= 1e-13 + 1e-12 * eps
+        if bool(found.all()):
             break
         high, low = torch.where(kl > eps, s, high), torch.where(kl > eps, low, s)
         root = kl.clamp(min=0).sqrt()
         step = s - 2 * root * (root - eps**0.5) / (s * _variance(weight, u).clamp(min=TINY))
-        s = torch.where((step > low) & (step < high), step, (low + high) / 2)
+        s = torch.where(found, s, torch.where((step > low) & (step < high), step, (low + high) / 2))
     off = d - kl[..., None]
     return 1 / s - 1, weight * off / _variance(weight, d).clamp(min=TINY)[..., None]
 
