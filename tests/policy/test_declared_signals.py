@@ -149,3 +149,19 @@ def test_a_signal_may_read_one_taken_earlier() -> None:
 def test_an_input_must_exist() -> None:
     with pytest.raises(ValueError, match="takes 'logit'"):
         chunk_signal("wrong", "logit")
+
+
+def test_signals_keep_their_width_without_any_token() -> None:
+    @chunk_signal("pair", "logits")
+    def pair(logits: Tensor) -> Tensor:
+        return logits[:, :2]
+
+    @attention_signal("triple", "attention_entropies", "prompt_length", "mask")
+    def triple(entropies: Tensor, prompt_length: int, mask: Tensor) -> Tensor:
+        return entropies[torch.arange(len(mask)) + prompt_length - 1, None].expand(-1, 3)
+
+    rollouts = ragged_rollouts()
+    silent = rollouts.replace(mask=torch.zeros_like(rollouts.mask))
+    found = Policy(tiny_llama()).signals(silent, ["pair", "triple"]).extras
+    assert found["pair"].shape == (*silent.mask.shape, 2)
+    assert found["triple"].shape == (*silent.mask.shape, 3)

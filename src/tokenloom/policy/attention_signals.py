@@ -70,8 +70,23 @@ def run_attention_signals(
                 inside = rollouts.mask[row, : len(values)]
                 whole[row, : len(values)][inside] = values.to(whole)[inside]
     for signal in signals:
-        found.setdefault(signal.name, torch.zeros(rollouts.mask.shape, device=rollouts.mask.device))
+        if signal.name not in found:
+            shape = (*rollouts.mask.shape, *_entry(signal, device))
+            found[signal.name] = torch.zeros(shape, device=rollouts.mask.device)
     return found
+
+
+def _entry(signal: AttentionSignal, device: torch.device) -> torch.Size:
+    """The shape behind T of a signal that has spoken of no row."""
+    none = torch.zeros(0, dtype=torch.bool, device=device)
+    given: dict[str, Any] = {
+        "attention": torch.ones(1, 1, device=device),
+        "attention_entropies": torch.zeros(1, device=device),
+        "mask": none,
+        "answer_mask": none,
+        "prompt_length": 1,
+    }
+    return signal.function(*(given[n] for n in signal.inputs)).shape[1:]
 
 
 def _values(signal: AttentionSignal, collector: _Collector, rollouts: Rollouts, row: int, name: str) -> Tensor:

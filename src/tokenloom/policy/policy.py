@@ -164,7 +164,11 @@ class Policy:
                         reference.append(part)
         if wanted.policy:
             with torch.set_grad_enabled(grad), self.autocast(), self._recomputing(grad):
-                for i, part in enumerate(self.forward.gather(partial(run_trunk, self.trunk), rollouts)):
+                parts = self.forward.gather(partial(run_trunk, self.trunk), rollouts)
+                if wanted.chunk_signals and not bool(rollouts.mask.any()):
+                    # Nobody knows how wide a signal is before it has spoken once.
+                    parts = iter([self._nothing()])
+                for i, part in enumerate(parts):
                     ref_hidden = reference[i].states if reference else None
                     held = {name: scatter.gather(given[name], part) for name in wanted.given}
                     self._policy_signals(wanted, scatter, part, temperature, ref_hidden, held)
@@ -211,6 +215,12 @@ class Policy:
             )
             for name, values in results.items():
                 scatter.put(name, part, values)
+
+    def _nothing(self) -> Gathered:
+        """A part without tokens."""
+        none = torch.zeros(0, dtype=torch.int64, device=self.device)
+        weight = next(self.causal.parameters())
+        return Gathered(weight.new_zeros(0, int(self.causal.config.get_text_config().hidden_size)), none, none)
 
     def micro_batches(self, rollouts: Rollouts, token_budget: int) -> list[Tensor]:
         """Rows [n_i] of micro-batches of at most about `token_budget` computed tokens; rows that share a prefix stay

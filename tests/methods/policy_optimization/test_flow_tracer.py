@@ -20,6 +20,7 @@ from methods.policy_optimization.batch import (
     synthetic_batch,
     vector,
 )
+from tokenloom.methods.policy_optimization import flow_tracer
 from tokenloom.methods.policy_optimization.flow_tracer import answer_flow, high_flow, trace
 from tokenloom.signals import ATTENTION_SIGNALS
 
@@ -104,18 +105,29 @@ def test_throughput_is_the_sum_over_all_paths(seed: int) -> None:
 
 
 def test_conservation_on_attention_maps() -> None:
-    places = torch.arange(60)
+    # Several blocks, answer tokens in two of them.
+    places = torch.arange(90)
+    answer = (places >= 85) | (places == 50)
     for seed in range(3):
-        found = trace(attention(60, seed).T, places < 12, places >= 55)
-        close(found.law.sum(-1)[:55], 1.0)
-        close(found.law.sum(-1)[55:], 0.0)
-        close(found.flow[places >= 55].sum(), 1.0)
-        close(found.throughput[places < 55], 2 * found.flow[places < 55])
-        close(found.throughput[places >= 55], found.flow[places >= 55])
+        found = trace(attention(90, seed).T, places < 12, answer)
+        close(found.law.sum(-1), (~answer).double())
+        close(found.flow[answer].sum(), 1.0)
+        close(found.throughput, (2 - answer.double()) * found.flow)
         assert bool((found.flow >= 0).all())
-        # Whatever passes a cut of the sequence is what was injected before it and has not arrived.
-        passing = (found.flow[:30, None] * found.law[:30, 30:]).sum()
-        close(passing, 1.0)
+        # What passes a cut of the sequence is what was injected before it and has not arrived yet.
+        for cut in (12, 30, 64):
+            passing = (found.flow[:cut, None] * found.law[:cut, cut:]).sum()
+            close(passing, 1 - found.flow[answer & (places < cut)].sum())
+
+
+@pytest.mark.parametrize("block", [1, 3, 7])
+def test_blocks_change_nothing(block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    places = torch.arange(40)
+    answer = (places == 22) | (places >= 38)
+    whole = trace(attention(40).T, places < 9, answer)
+    monkeypatch.setattr(flow_tracer, "BLOCK", block)
+    for one, other in zip(trace(attention(40).T, places < 9, answer), whole, strict=True):
+        close(one, other)
 
 
 def test_scaling_what_leaves_a_node_leaves_its_law() -> None:

@@ -76,6 +76,13 @@ MECHANISMS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("rloo", {}, {"advantage": "dr-grpo/center"}),
     ("rloo", {"dialect": "trl"}, {"log_ratio": "token-ratio"}),
     ("sapo", {}, {"surrogate": "ppo-clip"}),
+    ("attention-entropy", {}, {"weight": None}),
+    ("delta-credit", {}, {"credit": None}),
+    ("flow-tracer", {}, {"weight": None}),
+    ("thr", {}, {"credit": None}),
+    ("troll", {}, {"terms": None}),
+    ("troll", {}, {"log_ratio": "token-ratio"}),
+    ("tw-grpo", {}, {"weight": None}),
     ("tis", {}, {"weight": None}),
     ("vapo", {"value_pretraining": 0}, {"advantage": {"policy_lam": 1.0}}),
 ]

@@ -120,6 +120,11 @@ def test_order_padding_and_hostile_states_change_nothing() -> None:
     close(position_divergence(wide, logits, torch.nn.functional.pad(mask, (0, 2)))[:, :WIDTH], found)
 
 
+def test_a_group_without_tokens_reads_no_logits() -> None:
+    hidden, mask = states()
+    close(position_divergence(hidden, None, mask & False), 0.0)  # type: ignore[arg-type]
+
+
 def test_identical_rows_never_disagree() -> None:
     hidden = states()[0][:1].expand(ROWS, WIDTH, SIZE)
     found = position_divergence(hidden, logits, ones(ROWS, WIDTH))

@@ -27,6 +27,8 @@ from tokenloom.methods.policy_optimization.top_tokens import counted_up, top_by_
 from tokenloom.signals import attention_signal
 
 PAPER = "arXiv:2606.10646"
+BLOCK = 32
+"""Tokens within which ln h may fall by no more than float64 holds, 708."""
 
 
 class Flow(NamedTuple):
@@ -52,15 +54,35 @@ def trace(weights: Tensor, question: Tensor, answer: Tensor) -> Flow:
     """
     edges = weights.double().triu(1)
     log_edges = torch.where(answer[:, None], torch.zeros_like(edges), edges).log()
-    log_reach = torch.where(answer, 0.0, float("-inf")).to(log_edges)
-    for i in (~answer).nonzero()[:, 0].flip(0).tolist():
-        log_reach[i] = torch.logsumexp(log_edges[i] + log_reach, 0)
-    reached = log_reach.isfinite()
-    law = (log_edges + log_reach - torch.where(reached, log_reach, torch.zeros_like(log_reach))[:, None]).exp()
+    log_reach = _log_reach(log_edges, answer)
+    # From a node that reaches nothing leads no edge that could be scaled.
+    start = torch.where(log_reach.isfinite(), log_reach, torch.zeros_like(log_reach))
+    law = (log_edges + log_reach - start[:, None]).exp()
     source = question.to(law) / question.sum().clamp(min=1)
-    identity = torch.eye(len(law), dtype=law.dtype, device=law.device)
-    flow = torch.linalg.solve_triangular(identity - law.T, source[:, None], upper=False, unitriangular=True)[:, 0]
+    flow = _solve(law.T, source, upper=False)
     return Flow(log_reach, law, flow, flow * (1 + law.sum(-1)))
+
+
+def _log_reach(log_edges: Tensor, answer: Tensor) -> Tensor:
+    """ln h [S]: block by block from the right, in logarithms between blocks and on the block's scale within."""
+    found = torch.where(answer, 0.0, float("-inf")).to(log_edges)
+    for stop in range(len(answer), 0, -BLOCK):
+        at = slice(max(0, stop - BLOCK), stop)
+        # Straight to an answer, in the block or behind it, or to any token behind it.
+        direct = torch.logsumexp(log_edges[at] + found, -1)
+        scale = direct.max()
+        if bool(scale.isfinite()):
+            inner = torch.where(answer[at], torch.zeros_like(log_edges[at, at]), log_edges[at, at].exp())
+            inside = _solve(inner, (direct - scale).exp(), upper=True)
+            found[at] = torch.where(answer[at], found[at], inside.log() + scale)
+    return found
+
+
+def _solve(edges: Tensor, start: Tensor, *, upper: bool) -> Tensor:
+    """x = start + edges x for strictly triangular edges: sums of positive numbers only, so nothing cancels."""
+    identity = torch.eye(len(edges), dtype=edges.dtype, device=edges.device)
+    found: Tensor = torch.linalg.solve_triangular(identity - edges, start[:, None], upper=upper, unitriangular=True)
+    return found[:, 0]
 
 
 @attention_signal("answer_flow", "attention", "answer_mask", "prompt_length", band=(1 / 3, 2 / 3))

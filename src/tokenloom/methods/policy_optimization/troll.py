@@ -40,8 +40,9 @@ def _old_example(rows: int, width: int, generator: torch.Generator) -> Tensor:
 
 
 def _example(rows: int, width: int, generator: torch.Generator) -> Tensor:
-    """Two neighboring distributions on five slots, some inside the ball and some outside."""
+    """Two neighboring distributions on five slots, one of them often unused; some inside the ball, some outside."""
     logits = torch.randn(2, rows, width, 5, generator=generator, dtype=torch.float64)
+    logits[0, :, ::2, 1] = float("-inf")
     return torch.cat([(logits[0] + 0.5 * logits[1]).log_softmax(-1), logits[0].log_softmax(-1)], -1)
 
 

@@ -45,7 +45,9 @@ def _example(rows: int, width: int, generator: torch.Generator) -> Tensor:
 def position_divergence(hidden: Tensor, logits: Callable[[Tensor], Tensor], mask: Tensor) -> Tensor:
     """[R, T] nats, the same in all rows; 0 where no row has a sampled token."""
     out = torch.zeros(mask.shape, dtype=hidden.dtype, device=hidden.device)
-    for at in torch.split(mask.any(0).nonzero()[:, 0], max(1, CHUNK // max(1, len(mask)))):
+    if not bool(mask.any()):
+        return out
+    for at in torch.split(mask.any(0).nonzero()[:, 0], max(1, CHUNK // len(mask))):
         there = mask[:, at]
         # A token that the model excludes (-inf) in every row would give inf - inf; the limit hides its exact size.
         own = torch.log_softmax(logits(hidden[:, at][there]), -1).clamp(min=-1e4)
