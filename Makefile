@@ -23,7 +23,7 @@ WORKERS ?= 2
 NO_BROWSER = $(if $(CHROMIUM),,and not browser)
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install dev test check pytest test-slow update docs docs-serve format clean
+.PHONY: help quickstart install dev test check pytest test-slow bench update docs docs-serve format clean
 
 help: ## show this list
 	@echo "Tokenloom. Targets:"
@@ -57,6 +57,11 @@ pytest: dev ## the tests and doctests, with coverage
 test-slow: dev ## the long tests: bare environments, kill and resume at many moments, larger models
 	@$(if $(CHROMIUM),,echo "no Chromium or Chrome found: the tests marked 'browser' are left out")
 	$(PYTEST) -m "slow $(NO_BROWSER)" --durations=20
+
+bench: ## measure against TRL, transformers and vLLM, and rewrite docs/benchmarks.md (half an hour, idle machine)
+	@$(SETUP) --extra train --extra bench --model
+	$(PYTHON) -m bench.setup_vllm
+	$(BIN)/python -m bench.run $(ARGS)
 
 update: dev ## rewrite the checked-in public API snapshot and recipe schema after a deliberate change
 	$(BIN)/python scripts/api_snapshot.py
