@@ -12,6 +12,7 @@ from torch import Tensor
 from full_logits import ragged_rollouts
 from tiny_models import TINY, tiny_llama
 from tokenloom.batch import Rollouts
+from tokenloom.catalog import parts
 from tokenloom.policy import ModelConfig, Policy
 from tokenloom.signals import (
     ATTENTION_SIGNALS,
@@ -29,6 +30,7 @@ TOLERANCE = 2 * (4 * 32 + 2 * 32) * EPS
 
 @pytest.fixture(autouse=True)
 def registered() -> Iterator[None]:
+    parts()  # the methods' own signals must be there before and after
     tables: list[dict[str, Any]] = [CHUNK_SIGNALS, GROUP_SIGNALS, ATTENTION_SIGNALS]
     before = [dict(t) for t in tables]
     yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import multiprocessing
 import os
@@ -15,9 +16,11 @@ import torch
 from pydantic import ValidationError
 
 from tiny_models import tiny_gemma2, tiny_llama
+from tokenloom.batch import Sampling
 from tokenloom.policy import ModelConfig, Policy, builtin, cache
 from tokenloom.policy.gguf import GgufFile
 from tokenloom.policy.loading import attention_code
+from tokenloom.rollout import generate
 
 
 @pytest.mark.parametrize(
@@ -95,6 +98,38 @@ def test_eager_replaces_a_missing_sdpa(tmp_path: Path, caplog: pytest.LogCapture
 def test_config_mistakes(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ModelConfig.model_validate(settings)
+
+
+# -- copies of the weights -------------------------------------------------------------------
+
+
+def beside_the_weights(policy: Policy) -> float:
+    """Bytes of all tensors that Python knows, other than the policy's weights, as a share of those."""
+    own = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in policy.causal.parameters()}
+    gc.collect()
+    # Looking for a proxy's class wakes lazy modules up; its type does not.
+    tensors = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor) and x.layout == torch.strided]
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors if x.device.type == "cpu"}
+    return sum(size for at, size in storages.items() if at not in own) / sum(own.values())
+
+
+def test_rollouts_use_the_weights_that_train() -> None:
+    policy = Policy(tiny_llama(vocab=1024, hidden_size=128))
+    before = beside_the_weights(policy)
+    during: list[float] = []
+    sampling = Sampling(max_tokens=3, seed=0)
+    generate(policy, [[5, 6, 7]], sampling, copies=2, progress=lambda *_: during.append(beside_the_weights(policy)))
+    assert len(during) >= 2
+    assert max(during) - before < 0.1
+    assert beside_the_weights(policy) - before < 0.01
+
+
+@pytest.mark.parametrize(("needs", "copies"), [(["logprobs", "entropies"], 0.0), (["logprobs", "ref_logprobs"], 1.0)])
+def test_only_a_reference_is_a_second_model(needs: list[str], copies: float) -> None:
+    policy = Policy(tiny_llama(vocab=1024, hidden_size=128))
+    before = beside_the_weights(policy)
+    policy.prepare(needs)
+    assert beside_the_weights(policy) - before == pytest.approx(copies, abs=0.01)
 
 
 # -- the cache -------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from full_logits import full_logits_signals, ragged_rollouts
 from tiny_models import TINY, tiny_gpt2, tiny_llama, tiny_qwen2
+from tokenloom.catalog import parts
 from tokenloom.policy import ModelConfig, Policy
 from tokenloom.signals import CHUNK_SIGNALS, chunk_signal
 
@@ -158,6 +159,7 @@ def test_values_and_their_gradients(detach: bool) -> None:
 
 @pytest.fixture
 def registered() -> Iterator[None]:
+    parts()  # the methods' own signals must be there before and after
     before = dict(CHUNK_SIGNALS)
 
     @chunk_signal("full_kl", "logits", "ref_logits")

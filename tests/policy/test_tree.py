@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,12 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from full_logits import full_logits_signals
-from tiny_models import TINY, tiny_llama
+from tiny_models import TINY, tiny_gemma3, tiny_llama
 from tokenloom.batch import Rollouts
 from tokenloom.policy import Policy
 from tokenloom.policy.config import LoraSection, ModelConfig
-from tokenloom.policy.tree import ancestor_mask, build_tree, shared_lengths, sorted_rows
-from tokenloom.policy.tree_forward import MaskKinds, TreeForward
+from tokenloom.policy.forward import PaddedForward
+from tokenloom.policy.head import LogprobHead
+from tokenloom.policy.own_logits import run_trunk, trunk_of
+from tokenloom.policy.selftest import self_test
+from tokenloom.policy.tree import ancestor_mask, build_tree, pad_tree, shared_lengths, sorted_rows
+from tokenloom.policy.tree_forward import MaskKinds, TreeForward, _parts
 
 ROWS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=7), min_size=1, max_size=12)
 
@@ -43,6 +51,17 @@ def test_nodes_are_the_distinct_prefixes_and_see_their_ancestors(rows: list[list
             for key, shorter in prefix_of.items():
                 near = window is None or len(longer) - len(shorter) < window
                 assert bool(seen[query, key]) == (longer[: len(shorter)] == shorter and near)
+
+
+def test_padding_nodes_see_only_themselves_and_are_seen_by_none() -> None:
+    row = torch.tensor([4, 5, 6])
+    tree = pad_tree(build_tree([0], [row], [0]), 8)
+    assert tree.tokens.tolist() == [4, 5, 6, 6, 6, 6, 6, 6]
+    seen = ancestor_mask(tree)
+    assert torch.equal(seen[:3, :3], torch.ones(3, 3, dtype=torch.bool).tril())
+    assert torch.equal(seen[3:], torch.eye(8, dtype=torch.bool)[3:])
+    assert not seen[:3, 3:].any()
+    assert len(pad_tree(tree, 8)) == 8
 
 
 def shared_rollouts(seed: int = 0, vocab: int = 40) -> Rollouts:
@@ -75,15 +94,22 @@ def tolerance(dtype: torch.dtype) -> float:
     return 1e-10 if dtype == torch.float64 else 5e-5
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", sorted(TINY))
-def test_signals_and_gradients_equal_one_row_at_a_time(name: str, attention: str) -> None:
+# In blocks wherever attention is fused, under a dense mask for eager attention and where blocks do not serve.
+STYLES = [(name, attention, None) for name in sorted(TINY) for attention in ("sdpa", "eager")]
+STYLES += [(name, "sdpa", "dense") for name in ("llama", "gemma3", "mistral")]
+
+
+@pytest.mark.parametrize(("name", "attention", "style"), STYLES)
+def test_signals_and_gradients_equal_one_row_at_a_time(name: str, attention: str, style: str | None) -> None:
     model = TINY[name](attention=attention)
     # Eager attention's softmax and most models' norms are in float32 whatever the weights are; these two are not.
     exact = name in ("gpt2", "phi") and model.config._attn_implementation == "sdpa"
     dtype = torch.float64 if exact else torch.float32
     policy = Policy(model.to(dtype), config=small(token_budget=70))
     assert isinstance(policy.forward, TreeForward)
+    assert (policy.forward.kinds.style == "dense") == (model.config._attn_implementation == "eager")
+    if style is not None:
+        policy.forward.kinds = replace(policy.forward.kinds, style=style)
     rollouts = shared_rollouts()
     wanted = full_logits_signals(model, rollouts)
     signals = policy.signals(rollouts, ["logprobs", "entropies"], grad=True).named()
@@ -98,21 +124,82 @@ def test_signals_and_gradients_equal_one_row_at_a_time(name: str, attention: str
             torch.testing.assert_close(a, b, rtol=20 * tolerance(dtype), atol=20 * tolerance(dtype))
 
 
-def test_what_is_computed_are_the_distinct_prefixes() -> None:
-    policy = Policy(tiny_llama(), config=small(token_budget=10_000))
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_what_is_computed_are_the_distinct_prefixes(attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TreeForward, "_joins", lambda *_: True)
+    policy = Policy(tiny_llama(attention=attention), config=small(token_budget=10_000))
     forward = policy.forward
     assert isinstance(forward, TreeForward)
     rollouts = shared_rollouts()
-    forward.computed = 0
-    policy.signals(rollouts, ["logprobs"])
+    fed = count_fed(forward, policy, rollouts)
     prefixes = set()
     for i in range(len(rollouts)):
         sampled = rollouts.mask[i].nonzero()
         if len(sampled):
             row = [*rollouts.prompt_tokens[i].tolist(), *rollouts.response(i).tolist()]
-            fed = len(rollouts.prompt_tokens[i]) + int(sampled[-1])
-            prefixes |= {tuple(row[: n + 1]) for n in range(fed)}
+            needed = len(rollouts.prompt_tokens[i]) + int(sampled[-1])
+            prefixes |= {tuple(row[: n + 1]) for n in range(needed)}
     assert forward.computed == len(prefixes)
+    assert fed == [len(prefixes)]
+
+
+def count_fed(forward: TreeForward, policy: Policy, rollouts: Rollouts) -> list[int]:
+    """Tokens that reach the model in each call, padding included; `forward.computed` starts from 0."""
+    fed: list[int] = []
+
+    def trunk(tokens: Tensor, **rest: Any) -> Tensor:
+        fed.append(tokens.numel())
+        return run_trunk(policy.trunk, tokens, **rest)
+
+    forward.computed = 0
+    with torch.no_grad():
+        for part in forward.gather(trunk, rollouts):
+            assert part.at is not None
+            assert len(part.states) == len(part.rows)
+            # Each state once: a shared one predicts several tokens.
+            assert part.at.unique().tolist() == list(range(len(part.hidden)))
+    return fed
+
+
+def test_calls_hold_trees_side_by_side_without_padding_and_within_the_budget() -> None:
+    policy = Policy(tiny_llama(), config=small())
+    rollouts = shared_rollouts()
+    whole = TreeForward(policy.device, policy.forward.kinds, token_budget=10_000)
+    assert len(count_fed(whole, policy, rollouts)) == 1
+    for budget in (20, 40):
+        forward = TreeForward(policy.device, policy.forward.kinds, token_budget=budget)
+        fed = count_fed(forward, policy, rollouts)
+        longest = int((rollouts.lengths + torch.tensor([len(p) for p in rollouts.prompt_tokens])).max())
+        assert max(fed) <= max(budget, longest)
+        assert sum(fed) == forward.computed
+        # What a cut repeats is at most the prefix of the row behind it.
+        assert whole.computed <= sum(fed) <= whole.computed + len(fed) * longest
+        assert len(fed) <= 2 * sum(fed) / budget + 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(ROWS, st.integers(1, 40))
+def test_parts_hold_all_rows_in_order_within_the_budget(rows: list[list[int]], budget: int) -> None:
+    chosen = [torch.tensor(rows[i]) for i in sorted_rows(rows)]
+    shared = shared_lengths(chosen)
+    parts = _parts(chosen, shared, budget)
+    assert [a for a, _ in parts] == [0, *(b for _, b in parts)][:-1]
+    assert parts[-1][1] == len(rows)
+    for start, end in parts:
+        nodes = len({tuple(r[:n].tolist()) for r in chosen[start:end] for n in range(1, len(r) + 1)})
+        assert nodes <= budget or end == start + 1
+
+
+def test_parts_end_with_a_group_when_its_prompt_is_long() -> None:
+    def groups(prompt: int) -> list[Tensor]:
+        return [torch.cat([torch.full((prompt,), g), torch.full((32,), 10 + i)]) for g in range(4) for i in range(8)]
+
+    # Three groups of 512 + 8 x 32 nodes and two rows of the fourth would fit, at the price of computing 512 again.
+    long = groups(512)
+    assert _parts(long, shared_lengths(long), 2900) == [(0, 24), (24, 32)]
+    # A prompt of 20 is cheaper to compute again than a quarter of a call is to leave empty.
+    short = groups(20)
+    assert _parts(short, shared_lengths(short), 1080) == [(0, 31), (31, 32)]
 
 
 def test_sharing_stops_where_attention_would_cost_more() -> None:
@@ -123,10 +210,19 @@ def test_sharing_stops_where_attention_would_cost_more() -> None:
     assert not forward._joins(size=10, fresh=5, common=0)
 
 
-@pytest.mark.parametrize("changes", [{"lora": LoraSection(rank=2)}, {"gradient_checkpointing": True}], ids=str)
-def test_trees_under_adapters_and_checkpointing(changes: dict[str, object]) -> None:
+@pytest.mark.parametrize("build", [tiny_llama, tiny_gemma3], ids=["llama", "gemma3"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(
+    "changes",
+    [{"lora": LoraSection(rank=2)}, {"gradient_checkpointing": True}],
+    ids=["lora", "checkpointing"],
+)
+def test_trees_under_adapters_and_checkpointing(
+    changes: dict[str, object], attention: str, build: Callable[..., Any]
+) -> None:
     shared, padded = (
-        Policy(tiny_llama(), config=small(share_prefixes=share, **changes), seed=3) for share in (True, False)
+        Policy(build(attention=attention), config=small(share_prefixes=share, **changes), seed=3)
+        for share in (True, False)
     )
     rollouts = shared_rollouts(2)
     gradients = []
@@ -135,6 +231,21 @@ def test_trees_under_adapters_and_checkpointing(changes: dict[str, object]) -> N
         gradients.append({n: p.grad for n, p in policy.trainable_parameters()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], rtol=1e-3, atol=1e-4)
+
+
+def test_under_autocast_trees_are_as_exact_as_padded_rows() -> None:
+    rollouts = shared_rollouts()
+    exact = Policy(tiny_llama(), config=small()).signals(rollouts, ["logprobs"]).named()["logprobs"]
+    errors = []
+    for share in (True, False):
+        policy = Policy(tiny_llama(), config=small(share_prefixes=share, autocast="bf16"))
+        assert isinstance(policy.forward, TreeForward if share else PaddedForward)
+        logprobs = policy.signals(rollouts, ["logprobs"], grad=True).named()["logprobs"]
+        errors.append(float((logprobs - exact)[rollouts.mask].detach().pow(2).mean().sqrt()))
+        policy.backward(logprobs.sum())
+        assert all(p.grad is not None for _, p in policy.trainable_parameters())
+    # Root mean squares over the same 110 or so tokens of two roundings of the same kind; 0.02 nats is what bf16 costs.
+    assert errors[0] < 1.5 * errors[1] < 0.1
 
 
 def test_micro_batches_cover_live_rows_once_and_keep_groups_together() -> None:
@@ -160,3 +271,28 @@ def test_a_model_that_ignores_the_mask_falls_back_with_one_warning(caplog: pytes
     policy = Policy(model, config=small())
     assert not isinstance(policy.forward, TreeForward)
     assert [r.getMessage() for r in caplog.records if "shared prefixes" in r.getMessage()]
+
+
+def test_a_model_that_computes_with_its_mask_gets_a_dense_one(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_llama()
+    trunk: Any = trunk_of(model)
+    forward = trunk.forward
+
+    def touching(*args: object, attention_mask: Tensor | None = None, **rest: object) -> object:
+        return forward(*args, attention_mask=None if attention_mask is None else attention_mask + 0, **rest)
+
+    trunk.forward = touching
+    result = self_test(model, LogprobHead(model), MaskKinds.from_config(model.config))
+    assert result.tree_agrees
+    assert (result.failed, result.kinds.style) == (("blocks",), "dense")
+    result.warn("Touching")
+    assert [r.getMessage() for r in caplog.records if "prefix trees by blocks" in r.getMessage()]
+
+
+def test_a_model_with_layers_of_unknown_sight_shares_nothing() -> None:
+    model = tiny_gemma3()
+    # Chunked attention: no test of a few tokens would notice that its chunks are ignored.
+    kinds = replace(MaskKinds.from_config(model.config), names=("chunked_attention", "full_attention"))
+    result = self_test(model, LogprobHead(model), kinds)
+    assert result.tree_error == float("inf")
+    assert not result.tree_agrees

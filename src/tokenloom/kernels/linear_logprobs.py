@@ -1,18 +1,18 @@
-"""Log-probs and entropies straight from hidden states, without the logit matrix.
+"""Log-probs, entropies and most likely tokens straight from hidden states, without the logit matrix.
 
 logits   = cap(scale * (hidden @ weight.T + bias)) / temperature,   cap(x) = c tanh(x / c) or x
-logprob  = logits[target] - logsumexp(logits)
+logprob  = logits[row, target] - logsumexp(logits[row])
 entropy  = logsumexp(logits) - sum_v p_v logits_v                   (nats)
 
-Rows are taken in chunks, so memory is O(chunk x V) instead of O(N x V); the backward recomputes a
-chunk's logits instead of keeping them. With p the softmax and H the entropy,
+The logits are computed in tiles that fit into a cache and again in the backward, so memory is O(tile) instead
+of O(M x V), for any number of rows; a row of hidden states costs one log-sum-exp however many targets it has,
+and none when no target names it or, in the backward, when no gradient reaches it. With p the softmax and H
+the entropy,
 
-d logprob / d logits_v = [v = target] - p_v
-d entropy / d logits_v = -p_v (log p_v + H)
+d logprob / d logits_v = [v = target] - p_v,        d entropy / d logits_v = -p_v (log p_v + H)
 
-On a CPU the passes over [chunk, V] cost more than the exponentials in them: buffers are reused
-across chunks and changed in place, scale and temperature go into the hidden rows, row gradients
-multiply the [chunk, D] products.
+Deviations from an autograd of the definition: none in exact arithmetic. The target's own share, 1 - p, is
+computed as -expm1(log p), which does not cancel for tokens that the policy is sure of.
 """
 
 from __future__ import annotations
@@ -21,70 +21,97 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-CHUNK_ELEMENTS = 2**24
-"""Logits alive at once when no chunk is given: 64 MiB of float32 in each of one to three buffers."""
+from tokenloom.kernels import vocab_parallel
+from tokenloom.kernels.backend import Call, engine
+from tokenloom.kernels.logit_form import LogitForm
+from tokenloom.kernels.pairs import Pairs, live_rows
+
+
+class TopTokens(NamedTuple):
+    """The k most likely tokens of each row, descending: `logprobs` [N, k] with gradient, `tokens` [N, k] int64."""
+
+    logprobs: Tensor
+    tokens: Tensor
+
+
+class LinearLogprobs(NamedTuple):
+    """`logprobs` [N]; `entropies` [N] in nats and `top`, or None when not asked for."""
+
+    logprobs: Tensor
+    entropies: Tensor | None
+    top: TopTokens | None
 
 
 def linear_logprobs(
     hidden: Tensor,
-    weight: Tensor,
+    rows: Tensor | None,
     targets: Tensor,
-    *,
+    weight: Tensor,
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
     temperature: float = 1.0,
     need_entropy: bool = False,
+    top_k: int = 0,
+    *,
     chunk: int = 0,
-) -> tuple[Tensor, Tensor | None]:
-    """Log-prob of each target and, on request, the entropy of each row's distribution.
+    group: Any = None,
+) -> LinearLogprobs:
+    """Log-prob of each target and, on request, entropy and top tokens of the distribution it was drawn from.
 
-    `hidden` [N, D], `weight` [V, D], `targets` [N] int64, `bias` [V]; `scale` multiplies the
-    logits, `softcap` bounds them, `temperature` divides the result. Both outputs are [N], float32
-    (float64 when an input is). Under autocast, or with weights of 16 bits, the matrix products run in that
-    format and everything else in float32. Gradients reach `hidden`, `weight` and `bias`, once
-    (no double backward). `chunk` rows are handled at once; 0 chooses by the size of the vocabulary.
+    `hidden` [M, D]; `rows` [N] int64, the hidden row that predicts each target (None: target n is of row n);
+    `targets` [N] int64; `weight` [V, D]; `bias` [V]. `scale` multiplies the logits, `softcap` bounds them,
+    `temperature` divides the result. Outputs are float32 (float64 when an input is). Under autocast, or
+    with weights of 16 bits, the matrix products run in that format and everything else in float32.
+    Gradients reach `hidden`, `weight` and `bias`, once (no double backward). `chunk` is the number of rows
+    of a tile; 0 chooses.
+
+    With a `torch.distributed` `group`, `weight` and `bias` are this process's rows of the vocabulary (blocks in
+    the order of the ranks) and `targets` ids of the whole; all processes must pass the same `hidden`, `rows` and
+    `targets` and use the outputs in the same way. The gradient of `hidden` is then the whole one on each.
 
     Raises:
-        ValueError: when shapes disagree or `temperature` is not positive.
+        ValueError: when shapes disagree, an id or row is out of range, `temperature` or `softcap` is not
+            positive, or `top_k` is not between 0 and V.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(
-            f"hidden must be [N, D] and weight [V, D], got {tuple(hidden.shape)} and {tuple(weight.shape)}"
+            f"hidden must be [M, D] and weight [V, D], got {tuple(hidden.shape)} and {tuple(weight.shape)}"
         )
-    if targets.shape != hidden.shape[:1]:
-        raise ValueError(f"targets must be [{hidden.shape[0]}], got {tuple(targets.shape)}")
+    n = hidden.shape[:1] if rows is None else rows.shape
+    if targets.ndim != 1 or targets.shape != n:
+        raise ValueError(f"targets must be [{n[0] if n else 1}], one for each of rows, got {tuple(targets.shape)}")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must be [{weight.shape[0]}], one for each row of weight, got {tuple(bias.shape)}")
     if not temperature > 0:
         raise ValueError(f"temperature is {temperature}, must be positive; greedy decoding is scored at 1")
-    if chunk < 1:
-        chunk = max(16, CHUNK_ELEMENTS // weight.shape[0])
-    shape = _Shape(float(scale), softcap, float(temperature), chunk, _product_dtype(hidden, weight))
-    apply: Callable[..., tuple[Tensor, Tensor]] = _LinearLogprobs.apply  # torch leaves it without a type
-    logprobs, entropies = apply(hidden, weight, bias, targets, shape, need_entropy)
-    return logprobs, entropies if need_entropy else None
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap is {softcap}, must be positive; write None for logits without a bound")
+    offset, vocabulary = (0, len(weight)) if group is None else vocab_parallel.shard(len(weight), group, weight.device)
+    _check_range("targets", targets, vocabulary, "leave ignored tokens out, or give them any valid id")
+    if rows is not None:
+        _check_range("rows", rows, len(hidden), "a row is an index into hidden")
+    if not 0 <= top_k <= vocabulary:
+        raise ValueError(f"top_k is {top_k}, must be between 0 and the {vocabulary} tokens of the vocabulary")
+    form = LogitForm(float(scale), softcap, float(temperature), _product_dtype(hidden, weight))
+    call = Call(form, need_entropy, top_k, chunk, group, offset, vocabulary)
+    apply: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = _LinearLogprobs.apply  # torch leaves it untyped
+    logprobs, entropies, top, tokens = apply(hidden, rows, targets, weight, bias, call)
+    return LinearLogprobs(logprobs, entropies if need_entropy else None, TopTokens(top, tokens) if top_k else None)
 
 
-class _Shape(NamedTuple):
-    """How hidden rows become logits, and how many at once."""
-
-    scale: float
-    softcap: float | None
-    temperature: float
-    chunk: int
-    product: torch.dtype
-
-    @property
-    def math(self) -> torch.dtype:
-        """Format of everything but the matrix products."""
-        return torch.float64 if self.product == torch.float64 else torch.float32
-
-    @property
-    def factor(self) -> float:
-        """What multiplies the product: all of scale and temperature when no soft-cap stands between them."""
-        return self.scale / self.temperature if self.softcap is None else self.scale
+def _check_range(name: str, ids: Tensor, size: int, remedy: str) -> None:
+    if ids.dtype != torch.int64:
+        raise ValueError(f"{name} must be int64, got {ids.dtype}")
+    if ids.numel() == 0:
+        return
+    low, high = torch.stack(ids.aminmax()).tolist()
+    if low < 0 or high >= size:
+        raise ValueError(f"{name} must lie in [0, {size}), got {low if low < 0 else high}: {remedy}")
 
 
 def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
@@ -94,168 +121,80 @@ def _product_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
     return torch.promote_types(hidden.dtype, weight.dtype)
 
 
-class _Chunks:
-    """Recomputes the logits of any slice of rows into buffers that all slices share."""
-
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, shape: _Shape) -> None:
-        self.shape = shape
-        self.hidden, self.weight = hidden.to(shape.product), weight.to(shape.product)
-        self.bias = None if bias is None else bias.to(shape.math) * shape.factor
-        rows = min(shape.chunk, hidden.shape[0])
-        self._buffers = [torch.empty(rows, weight.shape[0], dtype=shape.math, device=hidden.device)]
-
-    def buffer(self, index: int, like: Tensor) -> Tensor:
-        """Scratch space `index` (1, 2, ...) in the shape of `like`."""
-        while len(self._buffers) <= index:
-            self._buffers.append(torch.empty_like(self._buffers[0]))
-        return self._buffers[index][: like.shape[0]]
-
-    def logits(self, rows: slice) -> Tensor:
-        """[n, V] in the first buffer, before division by the temperature if there is a soft-cap."""
-        shape, hidden = self.shape, self.hidden[rows]
-        out = self._buffers[0][: hidden.shape[0]]
-        if shape.product == shape.math:
-            hidden = hidden if shape.factor == 1.0 else hidden * shape.factor
-            torch.mm(hidden, self.weight.t(), out=out)
-        else:
-            # 16-bit rows are not scaled before the product: that would round them a second time.
-            out.copy_(torch.mm(hidden, self.weight.t()))
-            if shape.factor != 1.0:
-                out.mul_(shape.factor)
-        if self.bias is not None:
-            out.add_(self.bias)
-        if shape.softcap is not None:
-            out.div_(shape.softcap).tanh_().mul_(shape.softcap)
-        return out
-
-
-def _slices(n: int, chunk: int) -> list[slice]:
-    return [slice(i, min(i + chunk, n)) for i in range(0, n, chunk)]
-
-
 class _LinearLogprobs(torch.autograd.Function):
-    """See the module's docstring. Entropies are an empty tensor when they are not asked for."""
+    """See the module's docstring. What was not asked for is an empty tensor."""
 
     @staticmethod
     def forward(
         ctx: Any,
         hidden: Tensor,
+        rows: Tensor | None,
+        targets: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        targets: Tensor,
-        shape: _Shape,
-        need_entropy: bool,
-    ) -> tuple[Tensor, Tensor]:
-        n = hidden.shape[0]
-        logprobs = torch.empty(n, dtype=shape.math, device=hidden.device)
-        log_norm = torch.empty_like(logprobs)
-        entropies = torch.empty_like(logprobs) if need_entropy else logprobs.new_empty(0)
+        call: Call,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        used, rows = _compact(rows, hidden)
         with torch.autocast(hidden.device.type, enabled=False):
-            chunks = _Chunks(hidden, weight, bias, shape)
-            for rows in _slices(n, shape.chunk):
-                x = chunks.logits(rows)
-                if shape.softcap is not None and shape.temperature != 1.0:
-                    x.div_(shape.temperature)
-                top = x.amax(-1, keepdim=True)
-                chosen = x.gather(-1, targets[rows, None]) - top
-                x.sub_(top)
-                if need_entropy:
-                    e = torch.exp(x, out=chunks.buffer(1, x))
-                    total = e.sum(-1)
-                    entropies[rows] = total.log() - x.mul_(e).sum(-1) / total
-                else:
-                    total = x.exp_().sum(-1)
-                logprobs[rows] = chosen[:, 0] - total.log()
-                log_norm[rows] = top[:, 0] + total.log()
-        ctx.save_for_backward(hidden, weight, bias, targets, log_norm, entropies)
-        ctx.shape = shape
+            logits = engine(call, hidden if used is None else hidden[used], weight, bias)
+            sums = logits.sums(rows, targets - call.offset, need_entropy=call.need_entropy, top_k=call.top_k)
+            if call.group is not None:
+                sums = vocab_parallel.joined(sums, call.offset, call.group)
+        log_total = sums.total.log()
+        log_norm = sums.m + log_total
+        logprobs = sums.chosen - log_norm[rows]
+        # The spread is a sum of products of the largest logit's distance: no cancellation for sharp rows.
+        entropies = log_total - sums.spread / sums.total if call.need_entropy else log_total[:0]
+        tokens = rows[:0] if sums.top is None else sums.top[1][rows]
+        top = log_total[:0] if sums.top is None else (sums.top[0] - log_norm[:, None])[rows]
+        ctx.save_for_backward(hidden, weight, bias, used, rows, targets, log_norm, logprobs, entropies, top, tokens)
+        ctx.call = call
         ctx.set_materialize_grads(False)
-        return logprobs, entropies
+        ctx.mark_non_differentiable(tokens)
+        return logprobs, entropies[rows] if call.need_entropy else log_total[:0], top, tokens
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None, None, None]:
-        hidden, weight, bias, targets, log_norm, entropies = ctx.saved_tensors
-        if entropies.numel() == 0:
-            grad_entropies = None
-        if grad_logprobs is None and grad_entropies is None:
-            return None, None, None, None, None, None
-        # Tokens that the clip or the mask silenced need no logits: only rows with a gradient are recomputed.
-        g = torch.zeros_like(log_norm) if grad_logprobs is None else grad_logprobs
-        live = g != 0 if grad_entropies is None else (g != 0) | (grad_entropies != 0)
-        index = live.nonzero()[:, 0]
+        ctx: Any, grad_logprobs: Tensor | None, grad_entropies: Tensor | None, grad_top: Tensor | None, _: None
+    ) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, used, rows, targets, log_norm, logprobs, entropies, top, tokens = ctx.saved_tensors
+        call: Call = ctx.call
+        needed = (ctx.needs_input_grad[0], ctx.needs_input_grad[3], bias is not None and ctx.needs_input_grad[4])
+        if not any(needed):
+            return (None,) * 6
+        pairs = Pairs(rows, targets, logprobs, _or_zeros(grad_logprobs, logprobs))
+        if grad_top is not None and call.top_k:
+            more = (x.reshape(-1) for x in (rows[:, None].expand_as(tokens), tokens, top, grad_top))
+            pairs = pairs.joined(Pairs(*more))
+        of_entropy = None
+        if grad_entropies is not None and call.need_entropy:
+            of_entropy = torch.zeros_like(log_norm).index_add_(0, rows, grad_entropies)
+        index, of, pairs = live_rows(pairs, of_entropy, log_norm, entropies, call.vocabulary)
+        whole = len(index) == len(hidden)
+        at = index if used is None else used[index]
         with torch.autocast(hidden.device.type, enabled=False):
-            grads = _Gradients(ctx.shape, hidden[index], weight, bias, ctx.needs_input_grad)
-            for rows in _slices(len(index), ctx.shape.chunk):
-                at = index[rows]
-                h = None if grad_entropies is None else entropies[at]
-                grad_h = None if grad_entropies is None else grad_entropies[at]
-                grads.add(rows, targets[at], g[at], log_norm[at], grad_h, h)
-            return (*grads.result(hidden, index), None, None, None)
+            logits = engine(call, hidden if whole else hidden[at], weight, bias)
+            values = pairs.of_products(of, call.form)
+            grads = logits.gradients(of, pairs.rows, pairs.tokens - call.offset, values, needed)
+            of_hidden = grads[0]
+            if of_hidden is not None and not whole:
+                of_hidden = torch.zeros_like(hidden, dtype=of_hidden.dtype).index_copy_(0, at, of_hidden)
+            if of_hidden is not None and call.group is not None:
+                dist.all_reduce(of_hidden, group=call.group)
+        return None if of_hidden is None else of_hidden.to(hidden.dtype), None, None, grads[1], grads[2], None
 
 
-class _Gradients:
-    """Accumulates the three gradients chunk by chunk; the weight's in one float32 buffer."""
+def _compact(rows: Tensor | None, hidden: Tensor) -> tuple[Tensor | None, Tensor]:
+    """The hidden rows that any target names (None: all), and each target's place among them."""
+    if rows is None:
+        return None, torch.arange(len(hidden), device=hidden.device)
+    named = torch.zeros(len(hidden), dtype=torch.bool, device=hidden.device).index_fill_(0, rows, True)
+    used = named.nonzero()[:, 0]
+    if len(used) == len(hidden):
+        return None, rows
+    return used, (torch.cumsum(named, 0) - 1)[rows]
 
-    def __init__(
-        self, shape: _Shape, hidden: Tensor, weight: Tensor, bias: Tensor | None, needed: tuple[bool, ...]
-    ) -> None:
-        self.shape = shape
-        self.chunks = _Chunks(hidden, weight, bias, shape)
-        self.hidden = torch.zeros_like(hidden, dtype=shape.math) if needed[0] else None
-        self.weight = torch.zeros_like(weight, dtype=shape.math) if needed[1] else None
-        self.bias = torch.zeros_like(bias, dtype=shape.math) if bias is not None and needed[2] else None
-        self.formats = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
 
-    def add(
-        self,
-        rows: slice,
-        targets: Tensor,
-        g: Tensor,
-        log_norm: Tensor,
-        grad_h: Tensor | None,
-        h: Tensor | None,
-    ) -> None:
-        """Add the share of the rows `rows`; everything else is [n], `grad_h` and `h` for the entropy."""
-        shape, x = self.shape, self.chunks.logits(rows)
-        slope = None
-        if shape.softcap is not None:
-            slope = torch.div(x, shape.softcap, out=self.chunks.buffer(2, x)).square_().neg_().add_(1.0)
-            if shape.temperature != 1.0:
-                x.div_(shape.temperature)
-        x.sub_(log_norm[:, None])
-        # From here x becomes d(-objective)/d(logits), up to the row factor `outer`.
-        if grad_h is None or h is None:
-            outer = -g
-            x.exp_().scatter_add_(-1, targets[:, None], torch.full_like(g[:, None], -1.0))
-        else:
-            outer = torch.full_like(g, -1.0)
-            p = torch.exp(x, out=self.chunks.buffer(1, x))
-            x.mul_(grad_h[:, None]).add_((grad_h * h + g)[:, None]).mul_(p)
-            x.scatter_add_(-1, targets[:, None], -g[:, None])
-        if slope is not None:
-            x.mul_(slope)
-            outer = outer / shape.temperature
-        outer = (outer * shape.factor)[:, None]
-        product = x.to(shape.product)
-        if self.hidden is not None:
-            torch.mul(torch.mm(product, self.chunks.weight), outer, out=self.hidden[rows])
-        if self.weight is not None:
-            scaled = (self.chunks.hidden[rows] * outer).to(shape.product)
-            if shape.product == shape.math:
-                self.weight.addmm_(product.t(), scaled)
-            else:
-                self.weight.add_(torch.mm(product.t(), scaled))
-        if self.bias is not None:
-            self.bias.addmv_(x.t(), outer[:, 0])
-
-    def result(self, hidden: Tensor, index: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """The gradients in their tensors' formats; rows without a gradient get exact zeros."""
-        whole = None
-        if self.hidden is not None:
-            whole = torch.zeros_like(hidden).index_copy_(0, index, self.hidden.to(self.formats[0]))
-        weight = None if self.weight is None else self.weight.to(self.formats[1])
-        bias = None if self.bias is None else self.bias.to(self.formats[2])
-        return whole, weight, bias
+def _or_zeros(grad: Tensor | None, like: Tensor) -> Tensor:
+    return torch.zeros_like(like) if grad is None else grad

@@ -69,7 +69,7 @@ class PaddedForward:
             here = place[rows] >= 0
             at = (place[rows[here]] * width + positions[here]).to(self.device)
             flat = hidden.reshape(-1, hidden.shape[-1])
-            yield Gathered(flat[at], rows[here].to(self.device), columns[here].to(self.device))
+            yield Gathered(flat.index_select(0, at), rows[here].to(self.device), columns[here].to(self.device))
 
     def split(self, rollouts: Rollouts, token_budget: int) -> list[Tensor]:
         """Rows of micro-batches by falling length, `token_budget` padded tokens each; see `Forward.split`."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from tokenloom.catalog import parts
 from tokenloom.signals import (
     ATTENTION_SIGNALS,
     CHUNK_SIGNALS,
@@ -37,6 +38,8 @@ class Needs:
         """
         if isinstance(needs, str):
             raise ValueError(f"needs must be a list of signal names, got the text {needs!r}; write [{needs!r}]")
+        if not set(needs) <= set(SIGNAL_NAMES):
+            parts()  # the methods register their signals when the catalog is loaded
         known = [*SIGNAL_NAMES, *sorted(signal_names())]
         for name in needs:
             if name not in known:

@@ -36,6 +36,10 @@ class SelfTest:
     head_error: float
     head_tolerance: float
     tree_error: float
+    kinds: MaskKinds
+    """How attention learns of shared prefixes: the best way that agrees, or the last one tried."""
+    failed: tuple[str, ...] = ()
+    """Better ways that were tried in vain."""
 
     @property
     def tree_agrees(self) -> bool:
@@ -61,6 +65,13 @@ class SelfTest:
                 name,
                 self.tree_error,
                 self.forward_tolerance,
+            )
+        elif self.failed:
+            log.warning(
+                "%s: attention on prefix trees by %s disagrees with the model's own; by %s, which is slower, it agrees",
+                name,
+                " and ".join(self.failed),
+                self.kinds.style,
             )
         if not self.forward_agrees:
             log.warning(
@@ -105,14 +116,22 @@ def self_test(causal: nn.Module, head: LogprobHead, kinds: MaskKinds) -> SelfTes
         own = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
         # Scored at the tokens themselves and at the least likely ones, where a wrong scale shows most.
         for targets in (tokens, own.argmin(-1)):
-            ours, _ = head(alone, targets)
+            ours = head(alone, targets).logprobs
             head_error = _worst(head_error, (ours - own.gather(-1, targets[:, None])[:, 0]).double())
         head_tolerance = max(head_tolerance, _head_tolerance(head, alone, logits))
-    tree_error = _tree_error(trunk, kinds, rows[-1].to(weight.device), weight.dtype)
+    forward_tolerance = _forward_tolerance(weight.dtype, layers)
+    failed = []
+    for tried in kinds.fallbacks(weight.device):
+        tree_error = _tree_error(trunk, tried, rows[-1].to(weight.device), weight.dtype)
+        if tree_error <= forward_tolerance:
+            break
+        failed.append(tried.style)
     return SelfTest(
         tree_error=tree_error,
+        kinds=tried,
+        failed=tuple(failed),
         forward_error=forward_error,
-        forward_tolerance=_forward_tolerance(weight.dtype, layers),
+        forward_tolerance=forward_tolerance,
         filler_error=filler_error,
         # The same shapes run the same code: equal to the bit, but for experts, whose batches change.
         filler_tolerance=8 * torch.finfo(weight.dtype).eps,
@@ -122,19 +141,23 @@ def self_test(causal: nn.Module, head: LogprobHead, kinds: MaskKinds) -> SelfTes
 
 
 def _tree_error(trunk: nn.Module, kinds: MaskKinds, row: Tensor, dtype: torch.dtype) -> float:
-    """Relative error of hidden states when the row, its half, and a row that leaves it midway share a tree."""
+    """Relative error of hidden states when the row, its half, and a row that leaves it midway share a tree.
+
+    Infinite when the model cannot be run so.
+    """
     middle = len(row) // 2
     rows = [row[:middle], row, torch.cat([row[:middle], row[:middle].flip(0)])]
     order = sorted_rows([r.tolist() for r in rows])
     chosen = [rows[i].cpu() for i in order]
-    tree = build_tree(order, chosen, shared_lengths(chosen))
+    tree = kinds.padded(build_tree(order, chosen, shared_lengths(chosen)), row.device)
     try:
         mask = kinds.build([tree], len(tree), dtype, row.device)
         positions = tree.depth[None].to(row.device)
         together = run_trunk(trunk, tree.tokens[None].to(row.device), mask=mask, positions=positions)[0]
-    except (TypeError, ValueError, RuntimeError, KeyError) as error:
-        # A model without positions or with an attention of its own may refuse the arguments altogether.
-        log.info("sharing prefixes: the model refuses a 4D mask (%s)", error)
+    except Exception as error:
+        # A model without positions or with an attention of its own may refuse the arguments, and what fails in a
+        # compiler is none of our business: whatever it was, this way is closed.
+        log.info("sharing prefixes as %s: %s: %s", kinds.style, type(error).__name__, error)
         return float("inf")
     worst = 0.0
     for i, tokens in enumerate(rows):

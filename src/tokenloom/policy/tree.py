@@ -71,6 +71,20 @@ def build_tree(numbers: Sequence[int], rows: Sequence[Tensor], shared: Sequence[
     return PrefixTree(torch.cat(tokens), torch.cat(depths), leave, nodes)
 
 
+def pad_tree(tree: PrefixTree, multiple: int) -> PrefixTree:
+    """The tree with nodes appended that stand alone, until their number is a multiple of `multiple`."""
+    count = -len(tree) % multiple
+    leave = torch.arange(len(tree), len(tree) + count) + 1
+    # The last token again: some models search their input for a padding id and complain.
+    tokens = tree.tokens[-1:].expand(count)
+    return PrefixTree(
+        torch.cat([tree.tokens, tokens]),
+        torch.cat([tree.depth, torch.zeros_like(leave)]),
+        torch.cat([tree.leave, leave]),
+        tree.nodes,
+    )
+
+
 def ancestor_mask(tree: PrefixTree, *, window: int | None = None) -> Tensor:
     """bool [M, M]: query node (row) sees key node (column): ancestors and itself, within `window`."""
     node = torch.arange(len(tree))

@@ -1,13 +1,16 @@
-"""The tree forward: a step's rows packed into prefix trees, a shared prefix computed once.
+"""The tree forward: a step's rows packed into prefix trees, a shared prefix computed once. Positions are depths.
 
-Attention is told by an additive float mask (a boolean 4D mask is silently wrong on eager attention), one for
-each layer type: ancestors, and in sliding-window layers ancestors nearer than the window. Positions are depths.
+Where attention can be computed on trees (`TreeMask`), a call holds as many trees as fit, node after node, without
+padding. Elsewhere it is told by an additive float mask over all pairs of nodes (a boolean 4D mask is silently wrong on
+eager attention); then trees stay small, and trees of similar size share a call. Either way there is one mask for each
+layer type: ancestors, and in sliding-window layers ancestors nearer than the window.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,18 +19,34 @@ from torch import Tensor
 from tokenloom.batch import Rollouts
 from tokenloom.policy.forward import needed_lengths, predicting_positions
 from tokenloom.policy.interface import Gathered, Trunk
-from tokenloom.policy.tree import BLOCKED, PrefixTree, ancestor_mask, build_tree, shared_lengths, sorted_rows
+from tokenloom.policy.tree import BLOCKED, PrefixTree, ancestor_mask, build_tree, pad_tree, shared_lengths, sorted_rows
+from tokenloom.policy.tree_attention_mask import TreeMask
+from tokenloom.policy.tree_flex_attention import BLOCK
 
 ATTENTION_KEYS = 256
-"""Keys whose attention costs a node as much as its matrix products; measured on a CPU with a 135M model."""
+"""Keys whose attention under a dense mask costs a node as much as its matrix products; on a CPU with a 135M model."""
+
+TREE_NODES = 4096
+"""Most nodes of a tree under a dense mask."""
+
+PART_NODES = 100
+"""What a call costs besides its nodes (formats of weights and gradients, among other things), in nodes."""
+
+STYLES = ("flex", "blocks", "dense")
+"""How attention learns of the trees, best first: see `MaskKinds`."""
 
 
 @dataclass(frozen=True)
 class MaskKinds:
-    """Which masks a model takes: one for all layers, or a dict by layer type; and the window of sliding layers."""
+    """Which masks a model takes: one for all layers, or a dict by layer type; and the window of sliding layers.
+
+    `style` is "flex" (FlexAttention on CUDA, blocks on other devices), "blocks" (`tree_attention`), both through a
+    `TreeMask` and for models that call PyTorch's fused attention; or "dense", additive numbers, which all models read.
+    """
 
     names: tuple[str, ...] = ()
     window: int | None = None
+    style: str = "dense"
 
     @classmethod
     def from_config(cls, config: Any) -> MaskKinds:
@@ -35,86 +54,98 @@ class MaskKinds:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         window = getattr(text, "sliding_window", None)
         types = getattr(text, "layer_types", None)
-        if types:
-            return cls(tuple(sorted(set(types))), window)
-        return cls((), window)
+        style = "flex" if getattr(text, "_attn_implementation", None) == "sdpa" else "dense"
+        return cls(tuple(sorted(set(types))) if types else (), window, style)
 
-    def build(self, seen: list[PrefixTree], width: int, dtype: torch.dtype, device: torch.device) -> Any:
-        """The mask(s) [n, 1, width, width] for trees padded to `width` nodes."""
+    def fallbacks(self, device: torch.device) -> list[MaskKinds]:
+        """These kinds in the style for `device`, and after them what to try where they fail."""
+        styles = STYLES[STYLES.index(self.style) :]
+        return [replace(self, style=s) for s in styles if s != "flex" or device.type == "cuda"]
+
+    def padded(self, tree: PrefixTree, device: torch.device) -> PrefixTree:
+        """The tree as `build` wants it."""
+        return pad_tree(tree, BLOCK) if self._flex(device) else tree
+
+    def build(self, trees: list[PrefixTree], width: int, dtype: torch.dtype, device: torch.device) -> Any:
+        """The mask(s) [n, 1, width, width] for trees padded to `width` nodes; n is 1 in every style but "dense".
+
+        Raises:
+            NotImplementedError: for a layer type that is neither full nor sliding-window attention.
+        """
         if not self.names:
-            return _additive(seen, width, self.window, dtype, device)
-        windows = {name: self.window if name == "sliding_attention" else None for name in self.names}
-        return {name: _additive(seen, width, window, dtype, device) for name, window in windows.items()}
+            return self._mask(trees, width, self.window, dtype, device)
+        windows = {"full_attention": None, "sliding_attention": self.window}
+        if unknown := set(self.names) - windows.keys():
+            raise NotImplementedError(f"what layers of type {sorted(unknown)} see of a tree is not known")
+        return {name: self._mask(trees, width, windows[name], dtype, device) for name in self.names}
+
+    def _mask(
+        self, trees: list[PrefixTree], width: int, window: int | None, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        if self.style == "dense":
+            return _additive(trees, width, window, dtype, device)
+        return TreeMask.build(trees[0], window, dtype, device, flex=self._flex(device))
+
+    def _flex(self, device: torch.device) -> bool:
+        return self.style == "flex" and device.type == "cuda"
 
 
 class TreeForward:
-    """Trees of at most `tree_nodes` nodes, calls of at most `token_budget` padded nodes (a larger tree goes alone)."""
+    """Calls of at most `token_budget` nodes, padding included; a single row that is longer goes alone."""
 
     def __init__(
-        self,
-        device: torch.device,
-        kinds: MaskKinds,
-        *,
-        token_budget: int,
-        tree_nodes: int = 4096,
-        dtype: torch.dtype = torch.float32,
+        self, device: torch.device, kinds: MaskKinds, *, token_budget: int, dtype: torch.dtype = torch.float32
     ) -> None:
         self.device, self.kinds, self.dtype = device, kinds, dtype
-        self.token_budget, self.tree_nodes = token_budget, tree_nodes
+        self.token_budget = token_budget
         self.computed = 0
 
     def gather(self, trunk: Trunk, rollouts: Rollouts) -> Iterator[Gathered]:
         """One `Gathered` per call. Rows without a sampled token, and what follows a row's last one, are left out."""
-        mask = rollouts.mask.cpu()
         prompts = torch.tensor([len(p) for p in rollouts.prompt_tokens], dtype=torch.int64)
-        rows, columns, positions = predicting_positions(prompts, mask)
-        trees = self._trees(rollouts, needed_lengths(len(rollouts), rows, positions))
-        for call in self._calls(trees):
-            width = max(len(t) for t in call)
-            tokens = torch.stack([_pad(t.tokens, width) for t in call]).to(self.device)
-            depths = torch.stack([_pad(t.depth, width) for t in call]).to(self.device)
-            masks = self.kinds.build(call, width, self.dtype, self.device)
-            hidden = trunk(tokens, mask=masks, positions=depths)
+        rows, columns, positions = predicting_positions(prompts, rollouts.mask.cpu())
+        numbers, tokens, shared = _sorted(rollouts, needed_lengths(len(rollouts), rows, positions))
+        predicting = _by_row(len(rollouts), rows)
+        dense = self.kinds.style == "dense"
+        runs = _runs(tokens, shared, self._joins) if dense else _parts(tokens, shared, self.token_budget)
+        trees = [build_tree(numbers[a:b], tokens[a:b], [0, *shared[a + 1 : b]]) for a, b in runs]
+        for call in self._calls(trees) if dense else [[tree] for tree in trees]:
             self.computed += sum(len(t) for t in call)
-            yield self._gathered(hidden, call, width, rows, columns, positions)
+            padded = [self.kinds.padded(t, self.device) for t in call]
+            width = max(len(t) for t in padded)
+            fed = torch.stack([_filled(t.tokens, width) for t in padded]).to(self.device)
+            depths = torch.stack([_filled(t.depth, width) for t in padded]).to(self.device)
+            hidden = trunk(fed, mask=self.kinds.build(padded, width, self.dtype, self.device), positions=depths)
+            # Which entries a call gives, and the node that predicts each.
+            entries, nodes = [], []
+            for i, tree in enumerate(call):
+                for row, path in tree.nodes.items():
+                    entries.append(predicting[row])
+                    nodes.append(i * width + path[positions[predicting[row]]])
+            distinct, at = torch.unique(torch.cat(nodes), return_inverse=True)
+            chosen = torch.cat(entries)
+            # Not hidden[...]: its backward adds the gradients of a shared node in the order in which threads come by.
+            yield Gathered(
+                hidden.reshape(-1, hidden.shape[-1]).index_select(0, distinct.to(self.device)),
+                rows[chosen].to(self.device),
+                columns[chosen].to(self.device),
+                at.to(self.device),
+            )
 
     def split(self, rollouts: Rollouts, token_budget: int) -> list[Tensor]:
         """Rows [n_i] int64 of micro-batches of at most about `token_budget` nodes; rows that share stay together."""
         prompts = torch.tensor([len(p) for p in rollouts.prompt_tokens], dtype=torch.int64)
         rows, _, positions = predicting_positions(prompts, rollouts.mask.cpu())
         numbers, tokens, shared = _sorted(rollouts, needed_lengths(len(rollouts), rows, positions))
-        parts: list[list[int]] = []
-        size = 0
-        for number, row, common in zip(numbers, tokens, shared, strict=True):
-            fresh = len(row) - common
-            if not parts or size + fresh > token_budget:
-                parts.append([])
-                size, fresh = 0, len(row)
-            parts[-1].append(number)
-            size += fresh
-        return [torch.tensor(p, dtype=torch.int64) for p in parts]
-
-    def _trees(self, rollouts: Rollouts, needed: Tensor) -> list[PrefixTree]:
-        numbers, tokens, shared = _sorted(rollouts, needed)
-        trees: list[PrefixTree] = []
-        start = 0
-        while start < len(numbers):
-            end, size = start + 1, len(tokens[start])
-            while end < len(numbers) and self._joins(size, len(tokens[end]) - shared[end], shared[end]):
-                size += len(tokens[end]) - shared[end]
-                end += 1
-            common = [0, *shared[start + 1 : end]]
-            trees.append(build_tree(numbers[start:end], tokens[start:end], common))
-            start = end
-        return trees
+        return [torch.tensor(numbers[a:b], dtype=torch.int64) for a, b in _parts(tokens, shared, token_budget)]
 
     def _joins(self, size: int, fresh: int, common: int) -> bool:
         """Is a row with `common` shared and `fresh` own tokens cheaper inside a tree of `size` nodes than alone?
 
-        A node costs 1 for the layers' matrix products and width / ATTENTION_KEYS for attention, which a mask does
-        not make cheaper: inside, everyone's attention widens; alone, the shared tokens are computed again.
+        A node costs 1 for the layers' matrix products and width / ATTENTION_KEYS for attention, which a dense mask
+        does not make cheaper: inside, everyone's attention widens; alone, the shared tokens are computed again.
         """
-        if not common or size + fresh > self.tree_nodes:
+        if not common or size + fresh > TREE_NODES:
             return False
         inside = fresh * (1 + (size + fresh) / ATTENTION_KEYS) + size * fresh / ATTENTION_KEYS
         alone = (fresh + common) * (1 + (fresh + common) / ATTENTION_KEYS)
@@ -130,24 +161,6 @@ class TreeForward:
             calls[-1].append(tree)
         return calls
 
-    def _gathered(
-        self, hidden: Tensor, call: list[PrefixTree], width: int, rows: Tensor, columns: Tensor, positions: Tensor
-    ) -> Gathered:
-        chosen, at = [], []
-        for i, tree in enumerate(call):
-            for row, nodes in tree.nodes.items():
-                here = (rows == row).nonzero()[:, 0]
-                chosen.append(here)
-                at.append(i * width + nodes[positions[here]])
-        index = torch.cat(chosen)
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        # Not flat[...]: its backward adds the gradients of a shared node in the order in which threads come by.
-        return Gathered(
-            flat.index_select(0, torch.cat(at).to(self.device)),
-            rows[index].to(self.device),
-            columns[index].to(self.device),
-        )
-
 
 def _sorted(rollouts: Rollouts, needed: Tensor) -> tuple[list[int], list[Tensor], list[int]]:
     live = needed.nonzero()[:, 0].tolist()
@@ -161,7 +174,48 @@ def _sorted(rollouts: Rollouts, needed: Tensor) -> tuple[list[int], list[Tensor]
     return [live[i] for i in order], rows, shared_lengths(rows)
 
 
-def _pad(x: Tensor, width: int) -> Tensor:
+def _by_row(count: int, rows: Tensor) -> list[Tensor]:
+    """For each of `count` rows the indices at which it stands in the ascending `rows`."""
+    return list(torch.split(torch.arange(len(rows)), torch.bincount(rows, minlength=count).tolist()))
+
+
+def _parts(tokens: list[Tensor], shared: list[int], budget: int) -> list[tuple[int, int]]:
+    """Sorted rows in consecutive parts of at most `budget` nodes; a longer row makes a part of its own.
+
+    A part computes the whole prefix of its first row, which the part before may have computed, too. So a part ends
+    where the next row shares little, even if that leaves it less than full: each part costs PART_NODES once.
+    """
+    parts: list[tuple[int, int]] = []
+    start = 0
+    while start < len(tokens):
+        size, end, least = len(tokens[start]), start + 1, math.inf
+        for row in range(start + 1, len(tokens)):
+            loss = shared[row] - PART_NODES * size / budget
+            if loss <= least:
+                end, least = row, loss
+            size += len(tokens[row]) - shared[row]
+            if size > budget:
+                break
+        else:
+            end = len(tokens)
+        parts.append((start, end))
+        start = end
+    return parts
+
+
+def _runs(tokens: list[Tensor], shared: list[int], joins: Callable[[int, int, int], bool]) -> Iterator[tuple[int, int]]:
+    """Sorted rows in consecutive runs: a row joins while `joins(nodes so far, its own, those it shares)`."""
+    start = 0
+    while start < len(tokens):
+        end, size = start + 1, len(tokens[start])
+        while end < len(tokens) and joins(size, len(tokens[end]) - shared[end], shared[end]):
+            size += len(tokens[end]) - shared[end]
+            end += 1
+        yield start, end
+        start = end
+
+
+def _filled(x: Tensor, width: int) -> Tensor:
     # Padding repeats the last entry: an ordinary token and position, seen by nobody.
     return torch.cat([x, x[-1:].expand(width - len(x))])
 
