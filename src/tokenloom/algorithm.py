@@ -2,6 +2,7 @@
 
 loss = -sum(scale * weights * objective) + sum over terms k of coef_k * sum(scale_k * weights_k * term_k)
 
+Terms over a corpus, `corpus`, are added to every update on rows of plain text instead of responses.
 `plan` sees the whole batch, gathered over ranks, without gradient; `loss` sees any micro-batch of an
 update. Whatever couples rows is settled in the plan, or in `refresh` when it must read the policy
 being trained, so every split into micro-batches gives the same gradient.
@@ -26,9 +27,10 @@ from tokenloom.signals import ATTENTION_SIGNALS, CHUNK_SIGNALS, SIGNAL_NAMES, Si
 from tokenloom.vocabulary import CURRENT, EXTRAS, GIVEN_BY_ADVANTAGES
 
 _SINGLE = ("advantage", "aggregate", "log_ratio", "bounds", "surrogate", "updates")
-_LISTS = ("sampling", "reward", "select", "credit", "weight", "metric")
-_STAGES = (*_SINGLE, *_LISTS, "terms", "blend", "branch")
+_LISTS = ("sampling", "reward", "select", "credit", "weight", "metrics")
+_STAGES = (*_SINGLE, *_LISTS, "terms", "corpus", "blend", "branch")
 _STATEFUL = ("reward", "advantage", "select", "credit", "weight", "updates")
+_OF_A_CORPUS = frozenset({"tokens", "lengths", "mask", "group_ids", "weights", "step", "total_steps"})
 
 
 @dataclass(frozen=True)
@@ -53,11 +55,13 @@ class Algorithm:
     terms: tuple[Term, ...] = ()
     blend: Blend | None = None
     branch: Bound | None = None
-    metric: tuple[Bound, ...] = ()
+    metrics: tuple[Bound, ...] = ()
+    corpus: tuple[Term, ...] = ()
     preset: str = "custom"
 
     def __post_init__(self) -> None:
         self._check_stages()
+        self._check_corpus()
         for bound in self._in_every_micro_batch():
             if bound.coupled:
                 raise ValueError(
@@ -69,7 +73,7 @@ class Algorithm:
                 raise ValueError(f"part {bound.part.name!r} reads the policy being trained and cannot carry state")
         second = (self.blend.part, self.blend.advantage) if self.blend else ()
         planned = (*self.reward, self.advantage, *self.select, self.updates, *(a for a, _ in self._aggregates()))
-        for bound in (*planned, *second, *self.metric):
+        for bound in (*planned, *second, *self.metrics):
             if bound.late:
                 raise ValueError(
                     f"part {bound.part.name!r} reads {sorted(CURRENT & set(bound.part.inputs))}, which does not exist "
@@ -107,6 +111,23 @@ class Algorithm:
             if stage == "sampling" and (unknown := inputs - {"logits", "step", "total_steps", "state"}):
                 raise ValueError(f"part {name!r} reads {sorted(unknown)}, which is not there while sampling")
 
+    def _check_corpus(self) -> None:
+        """Text that nobody sampled has no advantages, no rewards and no policy before the update."""
+        for term in self.corpus:
+            signals = {"logprobs", "entropies"} | {n for n, s in CHUNK_SIGNALS.items() if not s.given}
+            aggregate = term.aggregate or self.aggregate
+            placed = [(term.part, "term", _OF_A_CORPUS | signals), (aggregate, "aggregate", _OF_A_CORPUS)]
+            placed += [(w, "weight", _OF_A_CORPUS) for w in term.weight]
+            for bound, stage, known in placed:
+                name, inputs = bound.part.name, bound.part.inputs
+                if bound.part.stage != stage:
+                    raise ValueError(f"corpus: {name!r} is a part of stage {bound.part.stage!r}, here stands a {stage}")
+                if missing := sorted(n for n, required in inputs.items() if required and n not in known):
+                    remedy = "; give the term an aggregate of its own" if bound is self.aggregate else ""
+                    raise ValueError(f"corpus: part {name!r} reads {missing}, which rows of plain text lack{remedy}")
+            if term.part.coupled:
+                raise ValueError(f"corpus: {term.part.part.name!r} couples rows, but is computed on micro-batches")
+
     @classmethod
     def compose(
         cls,
@@ -125,7 +146,8 @@ class Algorithm:
         terms: Any = (),
         blend: Any = None,
         branch: PartSpec | None = None,
-        metric: Any = (),
+        metrics: Any = (),
+        corpus: Any = (),
         preset: str = "custom",
     ) -> Self:
         """Compose from names, recipe mappings or bound parts.
@@ -148,7 +170,8 @@ class Algorithm:
             terms=parse_terms(terms, ()),
             blend=parse_blend(blend),
             branch=None if branch is None else parse("branch", branch),
-            metric=parse_many("metric", metric, ()),
+            metrics=parse_many("metric", metrics, ()),
+            corpus=parse_terms(corpus, ()),
             preset=preset,
         )
 
@@ -190,9 +213,9 @@ class Algorithm:
             if name in _SINGLE:
                 changes[name] = parse(name, spec, current)  # type: ignore[arg-type]  # a Stage by the line above
             elif name in _LISTS:
-                changes[name] = parse_many(name, spec, current or ())  # type: ignore[arg-type]
-            elif name == "terms":
-                changes[name] = parse_terms(spec, self.terms)
+                changes[name] = parse_many("metric" if name == "metrics" else name, spec, current or ())  # type: ignore[arg-type]
+            elif name in ("terms", "corpus"):
+                changes[name] = parse_terms(spec, current or ())
             elif name == "blend":
                 changes[name] = parse_blend(spec, self.blend)
             elif name == "branch":
@@ -229,6 +252,7 @@ class Algorithm:
         out: dict[str, Any] = {name: getattr(self, name).recipe() for name in _SINGLE}
         out |= {name: [b.recipe() for b in getattr(self, name)] for name in _LISTS if getattr(self, name)}
         out |= {"terms": [t.recipe() for t in self.terms]} if self.terms else {}
+        out |= {"corpus": [t.recipe() for t in self.corpus]} if self.corpus else {}
         out |= {"branch": self.branch.recipe()} if self.branch else {}
         return out | ({"blend": self.blend.recipe()} if self.blend else {})
 
@@ -236,10 +260,11 @@ class Algorithm:
         """One line per part: stage, name, every hyperparameter, paper."""
         lines = []
         for name in ("sampling", "reward", "advantage", "select", "credit", "weight", "updates", "aggregate",
-                     "log_ratio", "bounds", "surrogate", "metric"):  # fmt: skip
+                     "log_ratio", "bounds", "surrogate", "metrics"):  # fmt: skip
             value = getattr(self, name)
             lines += [f"{name:<10} {b}  [{b.part.paper}]" for b in (value if isinstance(value, tuple) else (value,))]
         lines += [f"{'term':<10} {t}  [{t.part.part.paper}]" for t in self.terms]
+        lines += [f"{'corpus':<10} {t}  [{t.part.part.paper}]" for t in self.corpus]
         lines += [f"{'branch':<10} {self.branch}  [{self.branch.part.paper}]"] if self.branch else []
         return lines + ([f"{'blend':<10} {self.blend}  [{self.blend.part.part.paper}]"] if self.blend else [])
 
@@ -265,6 +290,12 @@ class Algorithm:
         for bound in self.late_parts():
             names |= {n for n in self._signals_of(bound) if not n.startswith(("old_", "ref_"))}
         return frozenset(names - {"log_ratio", "ratio"})
+
+    @property
+    def corpus_needs(self) -> frozenset[str]:
+        """Signals to compute with gradient for `corpus_loss`; empty without terms over a corpus."""
+        names = {n for t in self.corpus for n in self._signals_of(t.part)}
+        return frozenset(names | {"logprobs"}) if self.corpus else frozenset()
 
     @property
     def given(self) -> frozenset[str]:
@@ -392,6 +423,28 @@ class Algorithm:
         """
         return losses.loss(self, signals, update)
 
+    def corpus_loss(
+        self,
+        signals: Signals,
+        rollouts: Rollouts,
+        rows: Tensor | None = None,
+        *,
+        step: int = 0,
+        total_steps: int | None = None,
+    ) -> tuple[Tensor, Metrics]:
+        """The terms over a corpus (scalar, to minimize) of rows of plain text or of a micro-batch, and their metrics.
+
+        Args:
+            signals: those of `corpus_needs` for `rows`; entries off the mask are not read.
+            rollouts: the whole corpus batch of the update, which settles the scales: a row's prompt is its first
+                token, its response the tokens behind, `mask` those that enter the loss. Nothing else is read.
+            rows: [n] int64, which rows `signals` speak of; None: all. Sums over a split equal the whole.
+
+        Raises:
+            ValueError: for signals that are missing or of another shape.
+        """
+        return losses.corpus_loss(self, signals, rollouts, rows, step, total_steps)
+
     def coefficients(
         self,
         rollouts: Rollouts,
@@ -400,6 +453,8 @@ class Algorithm:
         **surroundings: Any,
     ) -> dict[str, Tensor]:
         """-d loss / d signal for every differentiable signal, all rows in one update: {name: [B, T]}.
+
+        Terms over a corpus are left out: they speak of other rows.
 
         The entry for `logprobs` is the picture of an algorithm: what it does to each token. `signals`
         needs `logprobs` and whatever else `needs` and `loss_needs` name.
@@ -449,4 +504,6 @@ def _stage_of(key: str) -> str:
     head, _, rest = key.partition("/")
     if head == "terms":
         return "weight" if rest.split("/")[1] == "weight" else "term"
+    if head == "metrics":
+        return "metric"
     return rest if head == "blend" and rest else head

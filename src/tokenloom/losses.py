@@ -84,6 +84,47 @@ def loss(algorithm: Algorithm, signals: Signals, update: Update) -> tuple[Tensor
     return total, metrics
 
 
+def corpus_loss(
+    algorithm: Algorithm,
+    signals: Signals,
+    rollouts: Rollouts,
+    rows: Tensor | None,
+    step: int,
+    total_steps: int | None,
+) -> tuple[Tensor, Metrics]:
+    """See `Algorithm.corpus_loss`."""
+    at = torch.arange(len(rollouts), device=rollouts.mask.device) if rows is None else rows
+    current = {n: v for n, v in signals.named().items() if n in algorithm.corpus_needs}
+    if missing := sorted(algorithm.corpus_needs - current.keys()):
+        raise ValueError(f"the terms over a corpus need the signals {missing}; got {sorted(signals.named())}")
+    mask = rollouts.mask[at]
+    if current["logprobs"].shape != mask.shape:
+        raise ValueError(f"signals are {tuple(current['logprobs'].shape)}, the corpus rows {tuple(mask.shape)}")
+    held = {n: getattr(rollouts, n) for n in ("tokens", "lengths", "group_ids")}
+    when = {"step": step, "total_steps": total_steps}
+    whole = Context(held | when, rollouts.mask)
+    here = Context({n: v[at] for n, v in held.items()} | when | current, mask)
+    metrics = Metrics()
+    total = torch.zeros((), dtype=current["logprobs"].dtype, device=mask.device)
+    for term in algorithm.corpus:
+        name, weights = term.part.part.name, rollouts.mask.to(total.dtype)
+        with torch.no_grad():
+            whole.put("weights", weights)
+            for bound in term.weight:
+                weights = where_mask(weights * expect(bound, whole.call(bound), rollouts.mask), rollouts.mask)
+                whole.put("weights", weights)
+            aggregate = term.aggregate or algorithm.aggregate
+            scale = where_mask(expect(aggregate, whole.call(aggregate), rollouts.mask) * weights, rollouts.mask)[at]
+        here.put("weights", weights[at])
+        value = where_mask(expect(term.part, here.call(term.part), mask), mask)
+        contribution = (scale * value).sum()
+        total = total + float(resolve(term.coef, step, total_steps)) * contribution
+        metrics.add(f"loss/corpus/{name}", contribution.detach())
+        metrics.add(f"corpus/{name}/mean", value.detach().sum(), mask.sum())
+    metrics.add("loss", total.detach())
+    return total, metrics
+
+
 def coefficients(
     algorithm: Algorithm, rollouts: Rollouts, signals: Signals, **plan_arguments: Any
 ) -> dict[str, Tensor]:

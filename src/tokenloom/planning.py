@@ -99,7 +99,7 @@ class Planner:
         made = tuple(self._update(rows, tokens, terms) for rows, tokens in shares if len(rows))
         values = dict(self.ctx.values) | {"keep": keep, "scale": _scatter(made, mask)}
         self._measure(keep, made)
-        for bound in algorithm.metric:
+        for bound in algorithm.metrics:
             self.metrics |= {f"{bound.part.name}/{k}": float(v) for k, v in _numbers(bound, self.ctx).items()}
         return Plan(made, values, self.state, self.metrics)
 

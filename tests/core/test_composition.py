@@ -39,7 +39,7 @@ def test_every_preset_spells_itself_out_and_is_read_back(slug: str, spec: dict[s
     lines = algorithm.describe()
     inside = sum(len(t.weight) for t in algorithm.terms)
     inside += sum(key.startswith("blend/") for key, _ in algorithm.bound_parts())
-    assert len(lines) == len(list(algorithm.bound_parts())) - inside
+    assert len(lines) == len(list(algorithm.bound_parts())) - inside + len(algorithm.corpus)
     for _, bound in algorithm.bound_parts():
         assert any(bound.part.name in line for line in lines)
 

@@ -10,13 +10,13 @@ from tokenloom.kernels import linear_logprobs
 
 
 def test_the_logit_matrix_never_exists() -> None:
-    """At a vocabulary of 152k, each buffer (two at once) is less than a 250th of the matrix."""
+    """At a vocabulary of 152k, each buffer (a handful at once) is less than a 400th of the matrix."""
     m, v = 700, 151936
     hidden, weight, bias, targets = inputs(m, 1, v, dtype=torch.float32)
     with Recorder() as seen:
         found = linear_logprobs(hidden, None, targets, weight, bias)
         found.logprobs.sum().backward()
-    assert seen.largest < m * v / 250
+    assert seen.largest < m * v / 400
 
 
 def test_the_recorder_sees_a_logit_matrix() -> None:

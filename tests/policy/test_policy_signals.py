@@ -267,7 +267,7 @@ class LargestTensor(TorchDispatchMode):
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_logits_never_exist_for_the_batch(fused: bool) -> None:
-    vocab, rows, length = 8192, 8, 30
+    vocab, rows, length = 16384, 8, 30
     policy = Policy(tiny_llama(vocab=vocab), config=small(chunk_rows=8, token_budget=2000, share_prefixes=False))
     policy.head.fused = fused
     responses = torch.randint(3, vocab, (rows, length), generator=torch.Generator().manual_seed(0))

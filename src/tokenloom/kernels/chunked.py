@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tokenloom.kernels.logit_form import LogitForm
-from tokenloom.kernels.products import Scratch, add_product, exp_, matmul, write_product
+from tokenloom.kernels.products import Scratch, add_product, exp_, matmul
 from tokenloom.kernels.tiles import Grid, Places
 
 
@@ -44,8 +44,9 @@ class RowGradients(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """A tile on its way: where it is, its pairs (`places`), its factors [n, D] and [v, D], the bias [v]."""
+    """Where a tile is, its pairs (see `Places.at`), its factors `hidden` [n, D] and `matrix` [v, D], its bias [v]."""
 
+    row_block: int
     rows: slice
     words: slice
     pairs: tuple[slice, Tensor] | None
@@ -73,14 +74,14 @@ class Chunked:
         top = self._no_top(top_k)
         places = Places(self.grid, rows, tokens)
         ordered = torch.zeros(len(rows), dtype=m.dtype, device=m.device)
-        state = [x.split(self.grid.height) for x in (m, total, spread)]
-        for i, tile in self.tiles(places):
+        state = [torch.split(x, self.grid.height) for x in (m, total, spread)]
+        for tile in self.tiles(places):
             x = self.logits(tile)
             if tile.pairs is not None:
                 torch.take(x, tile.pairs[1], out=ordered[tile.pairs[0]])
             if top is not None:
                 _merge_top(top, tile.rows, x, tile.words.start)
-            m_i, total_i, spread_i = (column[i] for column in state)
+            m_i, total_i, spread_i = (column[tile.row_block] for column in state)
             high = torch.maximum(m_i, x.amax(-1))
             drop = m_i.sub_(high)
             keep = drop.exp()
@@ -104,47 +105,50 @@ class Chunked:
         `values` [n] are the whole gradients of the products at the distinct pairs `rows`, `tokens` [n], where
         `of` alone does not give them.
         """
-        # Every word of weight and bias is written once; without rows there is nothing to write.
+        math, product = self.form.math, self.form.product
+        # Every word of weight and bias is written; without rows there is nothing to write.
         new = torch.empty_like if len(self.hidden) else torch.zeros_like
-        hidden = torch.zeros_like(self.hidden, dtype=self.form.math) if needed[0] else None
+        hidden = torch.zeros_like(self.hidden, dtype=math) if needed[0] else None
         weight = new(self.weight) if needed[1] else None
         bias = new(self.bias) if self.bias is not None and needed[2] else None
-        factors = self.hidden.to(self.form.product)
+        # A sum over rows that would be rounded at every tile is taken over all rows at once, by the product itself.
+        at_once = not (self.weight.dtype == product == math)
+        factors = self.hidden.to(product)
         places = Places(self.grid, rows, tokens)
         ordered = values[places.order]
-        by_rows = RowGradients(*(None if x is None else x[:, None] for x in of))
-        last = self.grid.row_blocks()[-1:]
-        for _, tile in self.tiles(places):
-            words = tile.words
-            slopes = self._scratch.take("slopes", (len(factors), words.stop - words.start), self.form.product)
-            part = slopes[tile.rows]
-            self.slopes(part, tile, by_rows, ordered)
+        for tile in self.tiles(places):
+            words, here = tile.words, tile.rows
+            strip = factors if at_once else tile.hidden
+            slopes = self._scratch.take("slopes", (len(strip), len(tile.matrix)), product)
+            part = slopes[here] if at_once else slopes
+            self.slopes(part, tile, of, ordered)
             if hidden is not None:
-                add_product(hidden[tile.rows], part, tile.matrix, self._scratch)
-            if [tile.rows] == last:
-                # Over all rows at once: the sum stays in the product's accumulator and is rounded once.
-                if weight is not None:
-                    write_product(weight[words], slopes.t(), factors, self._scratch)
-                if bias is not None:
-                    bias[words] = slopes.sum(0, dtype=self.form.math)
+                add_product(hidden[here], part, tile.matrix, self._scratch)
+            if at_once and here.stop < len(factors):
+                continue
+            first = at_once or here.start == 0
+            if weight is not None:
+                add_product(weight[words], slopes.t(), strip, self._scratch, overwrite=first)
+            if bias is not None:
+                column = slopes.sum(0, dtype=math)
+                bias[words] = column if first else bias[words] + column
         return hidden, weight, bias
 
     # -- one tile ------------------------------------------------------------------------------
 
-    def tiles(self, places: Places) -> Iterator[tuple[int, Tile]]:
-        """The tiles, vocabulary blocks first, each with the number of its block of rows."""
-        hidden = self.hidden.to(self.form.product).split(self.grid.height) if len(self.hidden) else ()
+    def tiles(self, places: Places) -> Iterator[Tile]:
+        """All tiles, vocabulary block by vocabulary block."""
+        hidden = torch.split(self.hidden.to(self.form.product), self.grid.height) if len(self.hidden) else ()
         rows = self.grid.row_blocks()
         for j, words in enumerate(self.grid.word_blocks()):
             matrix = self.weight[words].to(self.form.product)
             bias = None if self.bias is None else self.bias[words]
             for i, factor in enumerate(hidden):
-                yield i, Tile(rows[i], words, places.at(j, i), factor, matrix, bias)
+                yield Tile(i, rows[i], words, places.at(j, i), factor, matrix, bias)
 
     def logits(self, tile: Tile) -> Tensor:
         """[n, v] logits in a buffer that the next tile overwrites."""
-        shape = (len(tile.hidden), len(tile.matrix))
-        x = matmul(tile.hidden, tile.matrix.t(), self._scratch.take("tile", shape, self.form.product))
+        x = matmul(tile.hidden, tile.matrix.t(), self._scratch, "tile")
         if x.dtype != self.form.math:
             x = self._like("wide", x).copy_(x)
         return self.form.logits_(x, tile.bias)
@@ -152,17 +156,17 @@ class Chunked:
     def slopes(self, out: Tensor, tile: Tile, of: RowGradients, values: Tensor) -> None:
         """Write a tile's gradient of the loss with respect to the products into `out` [n, v], in their format.
 
-        The entries of `of` are [M, 1], `values` are ordered as the tiles' pairs are.
+        `of` is of all rows, `values` are ordered as the tiles' pairs are.
         """
         form, here = self.form, tile.rows
         x = self.logits(tile)
         slope = None if form.softcap is None else form.slope(x, out=self._like("slope", x))
-        x.sub_(of.log_norm[here])
+        x.sub_(of.log_norm[here, None])
         if of.b is None:
-            exp_(x).mul_(of.a[here])
+            exp_(x).mul_(of.a[here, None])
         else:
             p = exp_(self._like("e", x).copy_(x))
-            x.mul_(of.b[here]).add_(of.a[here]).mul_(p)
+            x.mul_(of.b[here, None]).add_(of.a[here, None]).mul_(p)
         if slope is not None:
             x.mul_(slope)
         if form.factor != 1.0:

@@ -43,30 +43,28 @@ class Scratch:
         return view
 
 
-def matmul(a: Tensor, b: Tensor, out: Tensor) -> Tensor:
-    """a [n, k] @ b [k, m] -> [n, m], all of one format: in `out`, or in a tensor that oneDNN allocates."""
+def matmul(a: Tensor, b: Tensor, scratch: Scratch, name: str, into: Tensor | None = None) -> Tensor:
+    """a [n, k] @ b [k, m] -> [n, m], all of one format; in `into`, in buffer `name`, or where oneDNN allocates it."""
     fast = _onednn() if a.dtype == torch.float32 and a.device.type == "cpu" and a.numel() > 0 else None
-    return torch.mm(a, b, out=out) if fast is None else fast(a, b.t(), None, "none", [], "")
+    if fast is not None:
+        return fast(a, b.t(), None, "none", [], "")
+    return torch.mm(a, b, out=scratch.take(name, (len(a), b.shape[1]), a.dtype) if into is None else into)
 
 
-def write_product(total: Tensor, a: Tensor, b: Tensor, scratch: Scratch) -> None:
-    """a [n, k] @ b [k, m] into `total` [n, m], whatever its format is."""
+def add_product(total: Tensor, a: Tensor, b: Tensor, scratch: Scratch, *, overwrite: bool = False) -> None:
+    """Add a [n, k] @ b [k, m] to `total` [n, m], or write it there, whatever the format of `total` is."""
     same = total.dtype == a.dtype
-    product = matmul(a, b, total if same else scratch.take("product", tuple(total.shape), a.dtype))
-    if product is not total:
-        total.copy_(product)
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor, scratch: Scratch) -> None:
-    """Add a [n, k] @ b [k, m] to `total` [n, m], which may be wider (float32 for bfloat16): the sum is not rounded."""
-    product = matmul(a, b, scratch.take("product", tuple(total.shape), a.dtype))
-    if product.dtype == total.dtype:
-        total.add_(product)
+    product = matmul(a, b, scratch, "product", into=total if same and overwrite else None)
+    if product is total:
         return
-    # PyTorch would convert the whole product into new memory first.
-    for rows in (slice(i, i + _CONVERTED_ROWS) for i in range(0, len(total), _CONVERTED_ROWS)):
-        wide = scratch.take("converted", tuple(total[rows].shape), total.dtype).copy_(product[rows])
-        total[rows] += wide
+    if overwrite:
+        total.copy_(product)
+    elif same:
+        total.add_(product)
+    else:
+        # PyTorch would convert the whole product into new memory first.
+        for rows in (slice(i, i + _CONVERTED_ROWS) for i in range(0, len(total), _CONVERTED_ROWS)):
+            total[rows] += scratch.take("converted", tuple(total[rows].shape), total.dtype).copy_(product[rows])
 
 
 def exp_(x: Tensor) -> Tensor:

@@ -24,8 +24,9 @@ class Grid:
         5 %, it is the smallest). Elsewhere tiles are large enough to hide what it costs to start a kernel.
         """
         height, elements = (512, 2**18) if device.type == "cpu" else (4096, 2**24)
-        height = max(min(chunk or height, rows), 1)
-        return cls(rows, words, height, elements // height)
+        # The width follows from what would be chosen: the backward may hold a block of words for all rows.
+        width = elements // max(min(height, rows), 1)
+        return cls(rows, words, max(min(chunk or height, rows), 1), width)
 
     def row_blocks(self) -> list[slice]:
         """Blocks of rows in order."""

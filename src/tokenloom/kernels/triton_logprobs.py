@@ -24,7 +24,7 @@ from tokenloom.kernels.chunked import Chunked, RowGradients, Sums, Tile
 from tokenloom.kernels.tiles import Grid
 
 TILE_ELEMENTS = 2**26
-"""Slopes alive at once: 32 MiB in 16 bits. Larger tiles were not faster."""
+"""Slopes alive at once: 128 MiB in 16 bits. On an H100 a quarter of that takes almost four times as long."""
 
 PROGRAMS_PER_CORE = 16
 """Programs of the forward for each multiprocessor: enough that the last, incomplete wave costs little."""

@@ -32,14 +32,14 @@ def test_a_plan_logs_them() -> None:
     rollouts, signals = synthetic_batch()
     metric = ["bro-rl", "rlvr-two-stage", "vapo-limits/lambda", "vapo-limits/advantage", "vapo-limits/entropy",
               "vapo-limits/critic"]  # fmt: skip
-    algorithm = make("ppo-gae").override(metric=metric)
+    algorithm = make("ppo-gae").override(metrics=metric)
     found = algorithm.plan(rollouts, signals).metrics
     assert 0 < found["bro-rl/mass"] <= 1
     assert found["rlvr-two-stage/pass@1"] <= found["rlvr-two-stage/pass@2"]
     assert {"vapo-limits/critic/explained", "vapo-limits/critic/bias/0", "vapo-limits/entropy/mean"} <= found.keys()
     assert "entropies" in algorithm.needs
     with pytest.raises(ValueError, match="needs 'returns'"):
-        make("grpo").override(metric=["vapo-limits/critic"])
+        make("grpo").override(metrics=["vapo-limits/critic"])
 
 
 # -- vapo-limits

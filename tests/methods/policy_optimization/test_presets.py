@@ -249,7 +249,9 @@ def test_float32_agrees_with_float64(slug: str) -> None:
         extras={n: v.float() if v.is_floating_point() else v for n, v in rollouts.extras.items()},
     )
     low = signals_from({n: v.float() for n, v in signals.named().items()})
-    one, two = (coefficients_of(make(slug), r, s, step=99) for r, s in ((rollouts, signals), (single, low)))
+    # Eight tokens of a budget of 800 are worth 0.2 / 800 each, beside 0.8, whose neighbors in float32 are 6e-8 apart.
+    settings = {"budget": 8.0} if slug == "rmt" else {}
+    one, two = (coefficients_of(make(slug, **settings), r, s, step=99) for r, s in ((rollouts, signals), (single, low)))
     assert two.dtype == torch.float32
     torch.testing.assert_close(two.double(), one, rtol=2e-5, atol=2e-6)
 

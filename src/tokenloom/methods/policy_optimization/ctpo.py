@@ -77,10 +77,11 @@ def position_bounds(
 def ctpo_preset(
     *, mode: Literal["cumprod", "geomean"] = "cumprod", mini_batches: int = 4, sampler_cap: float | None = 5.0
 ) -> Algorithm:
-    """GRPO's advantage, cumulative ratio, bounds by position, dual clip, token mean, no KL; several updates per batch (the paper: 16).
+    """GRPO's advantage, cumulative ratio, bounds by position, dual clip, token mean, no KL.
 
-    `sampler_cap` truncates the sequence weight against the sampling engine (TIS); None leaves it out. In a single
-    update all ratios are 1 and nothing is corrected.
+    Several updates per batch, the paper's are 16; in a single one all ratios are 1 and nothing is corrected.
+
+    `sampler_cap` truncates the sequence weight against the sampling engine (TIS); None leaves it out.
     """
     return Algorithm.compose(
         advantage="grpo",

@@ -36,16 +36,18 @@ def head_inputs(hidden: Tensor) -> Tensor:
 
 @part("delta-credit", stage="credit", scope="batch", paper=PAPER)
 def discriminative(
-    advantages: Tensor, head_inputs: Tensor, old_logprobs: Tensor, mask: Tensor,
+    advantages: Tensor, head_inputs: Tensor, old_logprobs: Tensor, mask: Tensor, rewards: Tensor | None = None,
     *, iterations: int = 1, low: float = 0.8, high: float = 1.2,
 ) -> Tensor:  # fmt: skip
-    """Advantages [B, T] times weights of mean 1 over the sampled tokens.
+    """Advantages [B, T] times weights of mean 1 over the sampled tokens; rows without a reward are left out.
 
     Raises:
         ValueError: unless 0 <= low <= high, high > 0 and iterations >= 0.
     """
     if not (0 <= low <= high and high > 0 and iterations >= 0):
         raise ValueError(f"needs 0 <= low <= high, high > 0 and iterations >= 0, got {low}, {high}, {iterations}")
+    if rewards is not None:
+        mask = mask & ~rewards.isnan()[:, None]
     own = advantages[mask]
     hidden, logprobs = (x[mask].detach().to(own.dtype) for x in (head_inputs, old_logprobs))
     out = torch.zeros_like(advantages)

@@ -180,10 +180,22 @@ def probability_mask(old_logprobs: Tensor, mask: Tensor, *, threshold: float = 0
 
 @part("segment-po/whiten", stage="credit", scope="batch", paper=_PAPER)
 def whiten_unlikely(
-    advantages: Tensor, old_logprobs: Tensor, mask: Tensor, *, threshold: float = 0.9, eps: float = 1e-8
+    advantages: Tensor,
+    old_logprobs: Tensor,
+    mask: Tensor,
+    rewards: Tensor | None = None,
+    *,
+    threshold: float = 0.9,
+    eps: float = 1e-8,
 ) -> Tensor:
-    """Advantages [B, T] with mean 0 and population variance 1 over the tokens of the loss, zero on the others."""
-    return whiten(advantages, mask & (probability(old_logprobs, mask) < threshold), eps=eps, correction=0)
+    """Advantages [B, T] with mean 0 and population variance 1 over the tokens of the loss, zero on the others.
+
+    Rows without a reward have no say in the mean and stay zero.
+    """
+    counted = mask & (probability(old_logprobs, mask) < threshold)
+    if rewards is not None:
+        counted = counted & ~rewards.isnan()[:, None]
+    return whiten(advantages, counted, eps=eps, correction=0)
 
 
 @part("segment-po/skip", stage="credit", scope="batch", paper=_PAPER)
