@@ -17,8 +17,8 @@ import torch
 from tokenloom import catalog
 from tokenloom.algorithm import Algorithm
 from tokenloom.batch import Rollouts
-from tokenloom.catalog import Hyperparameter, Method, Part, describe_type
-from tokenloom.signals import CHUNK_SIGNALS, Signals
+from tokenloom.catalog import Hyperparameter, Method, Part, describe_type, parts
+from tokenloom.signals import Signals, signal_example, signal_names
 from tokenloom.vocabulary import VOCABULARY
 
 
@@ -114,7 +114,7 @@ def _part_section(part: Part) -> Iterator[str]:
     yield from ["```text", inspect.getdoc(part.function) or "", "```", ""]
     yield from ["| it reads | which is |", "| --- | --- |"]
     for name, required in part.inputs.items():
-        meaning = VOCABULARY.get(name) or f"chunk signal `{CHUNK_SIGNALS[name].name}`"
+        meaning = VOCABULARY.get(name) or f"signal `{name}`"
         yield f"| `{name}`{'' if required else ' (if present)'} | {meaning} |"
     yield ""
     if part.hyperparameters:
@@ -132,7 +132,7 @@ def _parameter_table(parameters: dict[str, Hyperparameter]) -> Iterator[str]:
 def _coefficient_section(algorithm: Algorithm) -> Iterator[str]:
     """What the preset does to each token of a group of four answers, one of them right."""
     rollouts, signals = example_batch()
-    missing = (algorithm.needs | algorithm.loss_needs) & set(CHUNK_SIGNALS)
+    missing = (algorithm.needs | algorithm.loss_needs) & set(signal_names())
     if missing:
         return
     value = algorithm.coefficients(rollouts, signals)["logprobs"]
@@ -150,11 +150,21 @@ def _coefficient_section(algorithm: Algorithm) -> Iterator[str]:
 
 def example_batch() -> tuple[Rollouts, Signals]:
     """One prompt, four answers of three tokens, rewards 1, 0, 0, 0, and every ordinary signal, float64."""
+    parts()  # registers the signals that methods declare
     rewards = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64)
     old = torch.tensor([-1.2, -0.4, -0.9], dtype=torch.float64).expand(4, 3).contiguous()
     rollouts = Rollouts.build([[1, 2]] * 4, [[3, 4, 5]] * 4, [0] * 4).replace(
-        rewards=rewards, sampler_logprobs=old, truncated=torch.zeros(4, dtype=torch.bool)
+        rewards=rewards,
+        sampler_logprobs=old,
+        truncated=torch.zeros(4, dtype=torch.bool),
+        answers=("7", "8", "9", "8"),
+        prompts=({},) * 4,
+        extras={
+            "reference_rewards": torch.tensor([0.0, 1.0, 0.0, 0.0], dtype=torch.float64),
+            "answer_mask": torch.tensor([[False, False, True]] * 4),
+        },
     )
+    generator = torch.Generator().manual_seed(0)
     return rollouts, Signals(
         logprobs=old + torch.tensor([0.7, 1.0, 1.4], dtype=torch.float64).log(),
         old_logprobs=old,
@@ -162,4 +172,5 @@ def example_batch() -> tuple[Rollouts, Signals]:
         entropies=torch.tensor([1.6, 0.3, 0.8], dtype=torch.float64).expand(4, 3).contiguous(),
         values=torch.full((4, 3), 0.25, dtype=torch.float64),
         old_values=torch.full((4, 3), 0.25, dtype=torch.float64),
+        extras={name: signal_example(name, 4, 3, generator) for name in signal_names()},
     )

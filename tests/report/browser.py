@@ -97,7 +97,7 @@ class Browser:
                 return dict(reply["result"])
 
     def open(self, url: str, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """Load `url` in a window of this size and wait until its script is through."""
+        """Load a report in a window of this size and wait until it says that it is drawn."""
         self.problems.clear()
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
         self.call("Emulation.setDeviceMetricsOverride", **size)
@@ -106,9 +106,12 @@ class Browser:
         # Another document first: moving to another #fragment of the same page would not load it again.
         self.call("Page.navigate", url="about:blank")
         self.call("Page.navigate", url=url)
-        ready = "location.href != 'about:blank' && document.readyState == 'complete'"
+        ready = (
+            "location.href != 'about:blank' && document.readyState == 'complete'"
+            " && document.documentElement.dataset.ready == 'true'"
+        )
         wait = "new Promise((done) => setTimeout(done, 20))"
-        for _ in range(500):
+        for _ in range(1500):
             if self.run(ready):
                 break
             self.run(wait)
@@ -127,9 +130,9 @@ class Browser:
                 self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
         self.run("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
 
-    def screenshot(self, path: Path) -> None:
-        """The whole page as PNG."""
-        reply = self.call("Page.captureScreenshot", captureBeyondViewport=True)
+    def screenshot(self, path: Path, *, whole: bool = True) -> None:
+        """The whole page, or what is in the window, as PNG."""
+        reply = self.call("Page.captureScreenshot", captureBeyondViewport=whole)
         path.write_bytes(base64.b64decode(reply["data"]))
 
     def _next(self) -> dict[str, Any]:

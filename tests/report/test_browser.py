@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -55,18 +55,16 @@ class _Elements(HTMLParser):
             self.text += data
 
 
-def _dumped(run: Path, step: int, row: int) -> dict[str, Any]:
-    lines = map(json.loads, (run / "tokens.jsonl").read_text(encoding="utf-8").splitlines())
-    return next(line for line in lines if (line["step"], line["row"]) == (step, row))
-
-
 def test_dumped_document_is_drawn_and_hostile_text_did_not_run(hostile: str) -> None:
     html = dump_dom(hostile + "#step=1&row=0&quantity=advantage&token=0")
     found = _Elements(html)
     assert 'data-ready="true"' in html
     assert "data-error" not in found.tags
     assert "img" not in found.tags
-    assert found.tags.count("script") == 2
+    # Data, program, and what was not inflated yet: packed numbers, which are no program.
+    assert re.findall(r"<script(?! data-blob)(?! type=\"text/plain\")[^>]*>", html) == [
+        '<script type="application/json" id="data">', "<script>",
+    ]  # fmt: skip
     assert "<title>hostile · Tokenloom</title>" in html
     shown = HOSTILE.split("\u2028")[0].replace(" ", "·")
     assert shown in found.text
@@ -91,89 +89,6 @@ def test_no_error_no_request_and_every_section(browser: Browser, page: str) -> N
     assert browser.run("document.querySelector('main').innerHTML.search(/NaN|undefined|\\[object/)") == -1
 
 
-def test_link_selects_step_row_quantity_and_token(browser: Browser, page: str, run: Path) -> None:
-    line = _dumped(run, 11, 3)
-    browser.open(page + "#step=11&row=3&quantity=log_ratio&token=1")
-    assert browser.run("document.querySelector('[aria-selected=true]').dataset.row") == "3"
-    values = browser.run("[...document.querySelectorAll('.toolbar select')].map((s) => s.value)")
-    assert values == ["11", "log_ratio", "all", "group", "step"]
-    assert browser.run("document.querySelectorAll('.tok[data-t]').length") == len(line["pieces"])
-    assert browser.run("document.querySelector('.tip').hidden") is False
-    shown = browser.run(
-        "Object.fromEntries([...document.querySelectorAll('.tip dt')]"
-        ".map((t) => [t.textContent, t.nextSibling.textContent]))"
-    )
-    assert set(shown) == set(line["quantities"])
-    for name, text in shown.items():
-        assert float(text.replace("−", "-")) == pytest.approx(line["quantities"][name][1], rel=1e-3), name
-
-
-def test_sign_color_and_mask_of_each_token(browser: Browser, page: str, run: Path) -> None:
-    line = _dumped(run, 11, 3)
-    browser.open(page + "#step=11&row=3&quantity=log_ratio")
-    kinds = browser.run(
-        "[...document.querySelectorAll('.tok[data-t]')].map((t) => ['above', 'below', 'masked', 'unknown']"
-        ".filter((k) => t.classList.contains(k)).join())"
-    )
-    expected = [
-        "masked" if not m else "below" if v < 0 else "above"
-        for m, v in zip(line["mask"], line["quantities"]["log_ratio"], strict=True)
-    ]
-    assert kinds == expected
-    assert "masked" in kinds
-    shares = browser.run(
-        "[...document.querySelectorAll('.tok[data-t]')]"
-        ".map((t) => parseFloat(t.style.getPropertyValue('--share')) || 0)"
-    )
-    sizes = [abs(v) if m else 0 for m, v in zip(line["mask"], line["quantities"]["log_ratio"], strict=True)]
-    assert shares.index(max(shares)) == sizes.index(max(sizes))
-
-
-def test_filter_by_reward_and_order(browser: Browser, page: str) -> None:
-    browser.open(page + "#step=16&reward=1&sort=long")
-    rows = "[...document.querySelectorAll('.row')].map((r) => r.textContent)"
-    texts = browser.run(rows)
-    assert texts
-    assert all(text.startswith("reward 1") for text in texts)
-    lengths = [int(text.split(" · ")[-1].split()[0]) for text in texts]
-    assert lengths == sorted(lengths, reverse=True)
-    change = (
-        "(() => { const s = document.querySelector('select[name=reward]'); s.value = 'all';"
-        " s.dispatchEvent(new Event('change')); return location.hash; })()"
-    )
-    assert "reward" not in browser.run(change)
-    assert len(browser.run(rows)) == 12
-
-
-def test_keyboard_reaches_responses_tokens_and_charts(browser: Browser, page: str) -> None:
-    browser.open(page + "#step=11&row=3&quantity=entropy")
-    browser.run("document.querySelector('[aria-selected=true]').focus()")
-    browser.press("ArrowDown")
-    assert browser.run("document.activeElement.dataset.row") == "4"
-    assert "row=4" in browser.run("location.hash")
-    browser.run("document.querySelector('.tok[data-t]').focus()")
-    browser.press("ArrowRight", "ArrowRight")
-    assert browser.run("document.activeElement.dataset.t") == "2"
-    assert "token 2" in browser.run("document.querySelector('.tip').textContent")
-    browser.press("Enter")
-    assert "token=2" in browser.run("location.hash")
-    browser.run("document.querySelector('[data-key=reward] svg').focus()")
-    browser.press("Home", "ArrowRight")
-    at = browser.run("[...document.querySelectorAll('.readout .at')].map((e) => e.textContent)")
-    assert set(at) == {"step 2"}
-
-
-def test_pointer_reads_numbers_off(browser: Browser, page: str) -> None:
-    browser.open(page + "#step=11&row=3&quantity=entropy")
-    browser.run("document.querySelector('.tok[data-t=\"5\"]').scrollIntoView({block: 'center', behavior: 'instant'})")
-    box = browser.run("document.querySelector('.tok[data-t=\"5\"]').getBoundingClientRect().toJSON()")
-    at = {"x": box["x"] + box["width"] / 2, "y": box["y"] + box["height"] / 2}
-    browser.call("Input.dispatchMouseEvent", type="mouseMoved", **at)
-    assert "token 5" in browser.run("document.querySelector('.tip').textContent")
-    browser.call("Input.dispatchMouseEvent", type="mouseMoved", x=2, y=2)
-    assert browser.run("document.querySelector('.tip').hidden") is True
-
-
 @pytest.mark.parametrize("width", [375, 760, 1280])
 def test_nothing_is_wider_than_the_window(browser: Browser, hostile: str, width: int) -> None:
     browser.open(hostile + "#step=1&row=0&quantity=advantage&token=1", width=width)
@@ -193,8 +108,8 @@ def test_text_stays_legible_on_the_ends_of_the_scale(browser: Browser, page: str
               .map((v) => (v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4));
             return 0.2126 * r + 0.7152 * g + 0.0722 * b;
           };
-          const style = getComputedStyle(document.documentElement);
-          const value = (name) => paint(style.getPropertyValue(name).trim());
+          const probe = document.body.appendChild(document.createElement('i'));
+          const value = (name) => { probe.style.color = `var(${name})`; return paint(getComputedStyle(probe).color); };
           const contrast = (a, b) => (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
           return [['ink', 'below'], ['ink', 'above'], ['ink', 'card'], ['muted', 'hatch-gap'],
             ['muted', 'page'], ['muted', 'card'], ['muted', 'soft'], ['good', 'card'], ['bad', 'card'],
@@ -223,12 +138,12 @@ def test_damaged_run_says_what_is_missing(browser: Browser, tmp_path: Path) -> N
 def test_page_says_what_it_leaves_out(browser: Browser, tmp_path: Path) -> None:
     run = make_run(tmp_path / "long", steps=1)
     line = json.loads((run / "tokens.jsonl").read_text(encoding="utf-8").splitlines()[0])
-    rows = (json.dumps(line | {"row": i}) for i in range(300))
+    rows = (json.dumps(line | {"row": i}) for i in range(2003))
     (run / "tokens.jsonl").write_text("\n".join(rows), encoding="utf-8")
     train = (json.dumps({"step": s, "kind": "train", "reward": s % 7}) for s in range(1, 3000))
     (run / "metrics.jsonl").write_text("\n".join(train), encoding="utf-8")
     browser.open(write_report(run).as_uri())
-    assert "240 of 300 dumped responses" in browser.run("document.querySelector('#tokens').textContent")
+    assert "2,000 of 2,003 dumped responses" in browser.run("document.querySelector('#tokens').textContent")
     assert "Very long curves keep" in browser.run("document.querySelector('#curves').textContent")
 
 

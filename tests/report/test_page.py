@@ -55,7 +55,7 @@ def test_file_is_self_contained(tmp_path: Path) -> None:
 def test_hostile_text_arrives_unchanged(tmp_path: Path) -> None:
     data = _data(write_report(make_run(tmp_path / "run", steps=4, hostile=True)))
     assert data["samples"]["pairs"][0]["after"]["response"] == HOSTILE
-    assert data["tokens"]["rows"][0]["pieces"][0] == HOSTILE
+    assert HOSTILE in [piece for _, piece in data["tokens"]["pieces"]]
 
 
 def test_before_and_after_are_the_same_prompt(tmp_path: Path) -> None:

@@ -77,7 +77,8 @@ def test_all_numeric_metrics_become_curves(tmp_path: Path) -> None:
         {"step": 3, "kind": "eval", "greedy": 0.5, "samples": 4, "problems": 9, "pass@4": 0.75},
     ]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
-    (folder / "timing.jsonl").unlink()
+    for name in ("timing.jsonl", "tokens.jsonl"):
+        (folder / name).unlink()
     curves = all_series(read_run(folder))
     assert list(curves) == ["eval/greedy", "eval/pass@4", "reward", "reward_parts/format", "flag"]
     assert curves["reward"] == Series([1, 2, 3], [1.0, None, None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,42 @@ def test_rows_written_again_count_once(tmp_path: Path) -> None:
     assert [(r.row, r.reward) for r in dump.rows] == [(0, 5.0), (1, 0.0)]
 
 
+def test_one_step_alone(tmp_path: Path) -> None:
+    path = _write(tmp_path, [_line(s, r, 0, 0.0) for s in (1, 4, 9) for r in range(2)])
+    assert [(r.step, r.row) for r in read_tokens(path, [], step=4).rows] == [(4, 0), (4, 1)]
+    assert {r.step for r in read_tokens(path, [], step=-1).rows} == {9}
+    missing = read_tokens(path, [], step=5)
+    assert (missing.rows, missing.step_numbers) == ((), (1, 4, 9))
+
+
+def test_mismatch_of_trainer_and_sampler(tmp_path: Path) -> None:
+    """Ratios 2 and 1/2 (an unsampled token and one that is none left out): ESS = (2.5^2 / (2 * 4.25))."""
+    line = _line(1, 0, 0, 0.0, 4) | {"mask": [1, 1, 0, 1]}
+    line |= {"quantities": {"log_ratio": [math.log(2), -math.log(2), 5.0, None]}}
+    (size, ess), = read_tokens(_write(tmp_path, [line, line]), []).mismatch.values()  # fmt: skip
+    assert size == pytest.approx(math.log(2), abs=1e-12)
+    assert ess == pytest.approx(2.5**2 / (2 * 4.25), abs=1e-12)
+
+
+def test_probability_and_the_folder_of_the_batch(tmp_path: Path) -> None:
+    line = _line(1, 0, 0, 0.0, 2) | {"quantities": {"logprob": [math.log(0.25), None]}, "stored": "tokens/step-000001"}
+    escaping = _line(1, 1, 0, 0.0) | {"stored": "tokens/../../secret"}
+    first, second = read_tokens(_write(tmp_path, [line, escaping]), []).rows
+    assert list(first.quantities) == ["probability", "logprob"]
+    # Log-probs are held in single precision.
+    assert first.quantities["probability"][0] == pytest.approx(0.25, rel=1e-6)
+    assert math.isnan(first.quantities["probability"][1])
+    assert (first.stored, second.stored) == ("tokens/step-000001", "")
+
+
 def test_uneven_lengths_are_filled(tmp_path: Path) -> None:
     line = {"step": 1, "ids": [5, 6, 7], "pieces": ["a"], "mask": [0]}
     line |= {"quantities": {"entropy": [0.5, float("nan"), "x", 9.0], "odd": 3}}
     (row,) = read_tokens(_write(tmp_path, [line]), []).rows
     assert row.pieces == ["a", "<6>", "<7>"]
     assert row.mask == [False, True, True]
-    assert row.quantities == {"entropy": [0.5, None, None]}
+    assert list(row.quantities) == ["entropy"]
+    assert str(list(row.quantities["entropy"])) == "[0.5, nan, nan]"
     assert (row.row, row.group, row.reward, row.answer) == (0, None, None, None)
 
 

@@ -71,6 +71,6 @@ def count_calls(model: torch.nn.Module) -> list[tuple[int, ...]]:
 def full_logprobs(model: Any, prompt: Tensor, response: Tensor, temperature: float = 1.0) -> Tensor:
     """Log-probs [T] of `response` after `prompt`, by one forward without cache or padding."""
     with torch.no_grad():
-        logits = model(torch.cat([prompt, response])[None], use_cache=False).logits[0]
+        logits = model(input_ids=torch.cat([prompt, response])[None], use_cache=False).logits[0]
     logits = logits[len(prompt) - 1 : -1] / temperature
     return logits.log_softmax(-1).gather(1, response[:, None])[:, 0]

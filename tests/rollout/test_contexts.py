@@ -30,6 +30,8 @@ class CastsOfWeights(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
             self.count += args[0].data_ptr() in self.weights
+        if func is torch.ops.aten.copy_.default and args[0].dtype == torch.bfloat16:
+            self.count += args[1].data_ptr() in self.weights
         return func(*args, **kwargs)
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tokenloom.batch import Sampling
-from tokenloom.rollout.randomness import UniformStreams, base_seed, row_key
+from tokenloom.rollout.randomness import base_seed, row_key, uniform_streams
 from tokenloom.rollout.sampler import Sampler, check_sampling, law
 
 PROCESSINGS = [
@@ -167,8 +167,7 @@ def test_impossible_parameters_are_named(sampling: Sampling, word: str) -> None:
 
 def test_streams_are_uniform_and_each_row_has_its_own() -> None:
     keys = [row_key(0, [5, 6], copy) for copy in range(200)]
-    streams = UniformStreams(keys)
-    table = torch.stack([streams.at(t) for t in range(150)], 1)
+    table = uniform_streams(keys, 150)
     assert table.min() >= 0
     assert table.max() < 1
     # 30 000 numbers: the mean deviates by 0.0017; chi-square over 100 cells has mean 99, deviation 14.
@@ -177,16 +176,14 @@ def test_streams_are_uniform_and_each_row_has_its_own() -> None:
     assert 50 < float(((cells - 300) ** 2 / 300).sum()) < 170
     correlation = torch.corrcoef(table)
     assert float((correlation - torch.eye(200)).abs().max()) < 0.45  # 150 numbers a row: deviation 0.08
-    assert torch.equal(UniformStreams(keys[3:5]).at(70), table[3:5, 70])
+    assert torch.equal(uniform_streams(keys[3:5], 71)[:, 70], table[3:5, 70])
     assert len({*keys, row_key(1, [5, 6], 0), row_key(0, [5], 0), row_key(0, [6, 5], 0)}) == 203
 
 
 def test_splitmix_reference_values() -> None:
     # Published outputs of SplitMix64 for the state 1234567 (top 53 bits are used).
     expected = [6457827717110365317, 3203168211198807973, 9817491932198370423]
-    streams = UniformStreams([1234567])
-    found = [float(streams.at(t)) for t in range(3)]
-    assert found == [(x >> 11) * 2.0**-53 for x in expected]
+    assert uniform_streams([1234567], 3)[0].tolist() == [(x >> 11) * 2.0**-53 for x in expected]
 
 
 def test_base_seed_comes_from_the_generator_then_the_seed_then_the_global_state() -> None:

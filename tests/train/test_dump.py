@@ -12,7 +12,10 @@ import torch
 from safetensors.torch import load_file
 
 from tokenloom.batch import Rollouts
-from tokenloom.train.dump import _whole_groups, save_bad_batch, token_lines
+from tokenloom.report.replay import replay
+from tokenloom.signals import Signals
+from tokenloom.train import dump
+from tokenloom.train.dump import _whole_groups, cut, save_bad_batch, store, token_lines
 from tokenloom.train.run import rounded
 from tokenloom.train.session import Session
 from train.setups import Tiny, lines
@@ -55,6 +58,9 @@ def test_the_quantities_are_those_of_the_algorithm(tiny: Tiny, tmp_path: Path, s
             "coefficient": expected, "advantage": plan.values["advantages"], "weight": plan.values["weights"],
             "entropy": signals.entropies, "logprob": signals.logprobs, "log_ratio": ratio,
         }  # fmt: skip
+        if signals.ref_logprobs is not None:
+            d = signals.ref_logprobs - signals.logprobs
+            values["reference_kl"] = d.exp() - 1 - d
         assert line["quantities"].keys() == values.keys()
         for name, value in values.items():
             assert line["quantities"][name] == pytest.approx(value[row, :n].tolist(), rel=1e-4, abs=1e-6), name
@@ -116,6 +122,83 @@ def test_numbers_that_are_none_become_null(tiny: Tiny, tmp_path: Path) -> None:
     first = json.loads(text.splitlines()[0])
     assert first["quantities"]["advantage"][0] is None
     assert rounded(made[1])["quantities"] == json.loads(text.splitlines()[1])["quantities"]
+
+
+@pytest.mark.parametrize(
+    "algorithm", [{"preset": "dapo"}, {"preset": "grpo", "kl_coef": 0.1}, {"preset": "reinforce"}],
+    ids=lambda a: a["preset"],
+)  # fmt: skip
+def test_the_stored_batch_tells_the_same(tiny: Tiny, tmp_path: Path, algorithm: dict[str, Any]) -> None:
+    """The whole batch is dumped, so asking the run's own algorithm again gives what the lines say."""
+    recipe = tiny.recipe(algorithm=algorithm)
+    with Session(recipe, tmp_path, []) as session:
+        trainer = session.trainer
+        collected = trainer.collector.collect(trainer.algorithm, 0)
+        signals = trainer.policy.signals(collected.rollouts, sorted(trainer.algorithm.needs))
+        plan = trainer.algorithm.plan(collected.rollouts, signals, {}, step=0, total_steps=3)
+        made = token_lines(
+            collected, plan, trainer.algorithm, trainer.policy, 12, {},
+            step=0, total_steps=3, generator=trainer._generator(0), run=tmp_path,
+        )  # fmt: skip
+        plain = token_lines(
+            collected, plan, trainer.algorithm, trainer.policy, 12, {},
+            step=0, total_steps=3, generator=trainer._generator(0),
+        )  # fmt: skip
+    assert {line["stored"] for line in made} == {"tokens/step-000001"}
+    assert [{k: v for k, v in line.items() if k != "stored"} for line in made] == plain
+    back = Rollouts.load(tmp_path / "tokens/step-000001")
+    assert torch.equal(back.tokens, collected.rollouts.tokens)
+    (again,) = replay(tmp_path, ["tokens/step-000001"], ["this run's"], {"algorithm": algorithm})
+    assert again.reason == ""
+    held = again.values["tokens/step-000001"]
+    for row, line in enumerate(made):
+        for name, values in held.items():
+            n = len(line["ids"])
+            assert line["quantities"][name] == pytest.approx(values[row, :n].tolist(), rel=1e-5, abs=1e-7), name
+        assert ("reference_kl" in line["quantities"]) == ("kl_coef" in algorithm)
+        # The reference is the policy before its first update.
+        assert line["quantities"].get("reference_kl", [0.0]) == pytest.approx(
+            [0.0] * len(line["quantities"].get("reference_kl", [0.0]))
+        )
+
+
+def _rollouts() -> Rollouts:
+    return Rollouts.build([[1], [1]], [[2, 3], [4]], [0, 0], rewards=torch.tensor([0.0, 1.0]))
+
+
+def test_hidden_states_are_not_stored(tmp_path: Path) -> None:
+    signals = Signals(
+        logprobs=torch.zeros(2, 2), extras={"narrow": torch.ones(2, 2, 8), "hidden": torch.ones(2, 2, 99)}
+    )
+    folder = store(tmp_path, _rollouts(), signals, {}, {"step": 4, "total_steps": 9, "batch_rows": 2})
+    assert folder == tmp_path / "tokens" / "step-000005"
+    assert load_file(folder / "signals.safetensors").keys() == {"logprobs", "narrow"}
+
+
+def test_a_batch_appears_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = {"step": 0, "total_steps": 9, "batch_rows": 2}
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dump, "flush", killed)
+        with pytest.raises(KeyboardInterrupt):
+            store(tmp_path, _rollouts(), Signals(), {}, about)
+    assert [f.name for f in (tmp_path / "tokens").iterdir()] == [".writing-step-000001"]
+    store(tmp_path, _rollouts(), Signals(), {}, about)
+    store(tmp_path, _rollouts(), Signals(), {}, about)
+    assert [f.name for f in (tmp_path / "tokens").iterdir()] == ["step-000001"]
+
+
+def test_resuming_takes_away_what_will_be_written_again(tmp_path: Path) -> None:
+    cut(tmp_path, 0)
+    for step in (0, 5, 9):
+        store(tmp_path, _rollouts(), Signals(), {}, {"step": step, "total_steps": 9, "batch_rows": 2})
+    (tmp_path / "tokens" / ".writing-step-000011").mkdir()
+    (tmp_path / "tokens" / "notes").mkdir()
+    cut(tmp_path, 6)
+    assert sorted(f.name for f in (tmp_path / "tokens").iterdir()) == ["notes", "step-000001", "step-000006"]
 
 
 def test_a_bad_batch_reads_back(tiny: Tiny, tmp_path: Path) -> None:

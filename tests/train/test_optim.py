@@ -1,8 +1,9 @@
-"""The optimizer against PyTorch's own, its schedules by hand, and its state."""
+"""The optimizer against PyTorch's own, its schedules by hand, its state, and what it frees when."""
 
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import nn
 
 from tokenloom.train.config import TrainConfig
 from tokenloom.train.optim import Optimizer
+from tokenloom.train.optim_moments import has_fused_kernel
 
 SHAPES = ((3, 2), (5,), ())
 
@@ -56,6 +58,43 @@ def test_it_is_adamw_with_clipping(limit: float | None) -> None:
         for (_, a), b in zip(ours, theirs, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
             assert a.grad is None
+
+
+def test_it_is_the_fused_adamw_bit_for_bit() -> None:
+    """One parameter after the other is what PyTorch does with all at once."""
+    config = TrainConfig(**SETTINGS)
+    ours = parameters()
+    optimizer = Optimizer(ours, config)
+    theirs = [p for _, p in parameters()]
+    whole = torch.optim.AdamW(theirs, lr=1.0, betas=config.betas, eps=1e-6, weight_decay=0.03, fused=True)
+    for step in range(8):
+        put([p for _, p in ours], gradients(step))
+        put(theirs, gradients(step))
+        optimizer.step(step)
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        whole.param_groups[0]["lr"] = optimizer.learning_rate(step)
+        whole.step()
+        assert all(torch.equal(a, b) for (_, a), b in zip(ours, theirs, strict=True))
+    state = optimizer.state()
+    for (name, _), parameter in zip(ours, theirs, strict=True):
+        for kind, value in whole.state[parameter].items():
+            assert torch.equal(state[f"{kind}/{name}"], value)
+
+
+def test_each_gradient_is_freed_before_the_next_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = parameters()
+    optimizer = Optimizer(ours, TrainConfig(**SETTINGS))
+    put([p for _, p in ours], gradients(0))
+    seen = {name: weakref.ref(p.grad) for name, p in ours}
+    update, alive = optimizer.moments.update, []
+
+    def watched(name: str, gradient: torch.Tensor, rate: float) -> None:
+        alive.append([n for n, gone in seen.items() if gone() is not None])
+        update(name, gradient, rate)
+
+    monkeypatch.setattr(optimizer.moments, "update", watched)
+    optimizer.step(0)
+    assert alive == [["p.0", "p.1", "p.2"], ["p.1", "p.2"], ["p.2"]]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -105,14 +144,14 @@ def test_schedules(schedule: str, warmup: int, final: float, rates: list[float])
     assert [optimizer.learning_rate(s) for s in range(5)] == pytest.approx([2 * r for r in rates], abs=1e-12)
 
 
-@pytest.mark.parametrize("fused", [True, None])
-def test_its_state_comes_back(fused: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    if fused is None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_its_state_comes_back(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not fused:
         without_the_fused_kernel(monkeypatch)
+    assert has_fused_kernel([p for _, p in parameters()]) is fused
     config = TrainConfig(**SETTINGS)
     ours, copy = parameters(), parameters()
     first = Optimizer(ours, config)
-    assert first.adamw.defaults["fused"] is fused
     for step in range(3):
         put([p for _, p in ours], gradients(step))
         first.step(step)
@@ -162,3 +201,7 @@ def test_the_state_of_other_parameters_is_refused() -> None:
     optimizer = Optimizer(parameters(), TrainConfig())
     with pytest.raises(ValueError, match="of other parameters"):
         optimizer.load({"exp_avg/q": torch.zeros(1)})
+    whole = {k: v for k, v in optimizer.state().items() if k.endswith("/p.0")}
+    for broken in ({"exp_avg/p.0": whole["exp_avg/p.0"]}, whole | {"exp_avg_sq/p.0": torch.zeros(2, 3)}):
+        with pytest.raises(ValueError, match=r"'p\.0' does not fit: it was saved for another model"):
+            optimizer.load(broken)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tokenloom.algorithm import Algorithm
 from tokenloom.catalog import presets
 from tokenloom.train.plain import MAX_VALUES, plain, read_yaml, write_yaml
 from tokenloom.train.recipe import RecipeError, build_recipe, differences, load_recipe, recipe_names, recipe_schema
@@ -258,7 +259,8 @@ def test_yaml_comes_back() -> None:
 
 def test_a_resolved_recipe_means_the_same(tmp_path: Path) -> None:
     for algorithm in sorted(presets()):
-        recipe = build_recipe(BASE | {"algorithm": {"preset": algorithm}}, check_files=False)
+        text = {"path": "text.txt"} if Algorithm.from_recipe(algorithm).corpus else None
+        recipe = build_recipe(BASE | {"algorithm": {"preset": algorithm}, "corpus": text}, check_files=False)
         (tmp_path / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         again = load_recipe(tmp_path, check_files=False)
         assert again.resolved() == recipe.resolved()

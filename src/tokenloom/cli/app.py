@@ -11,8 +11,11 @@ from tokenloom.cli.catalog import methods
 from tokenloom.cli.doctor import doctor
 from tokenloom.cli.evaluate import evaluate
 from tokenloom.cli.generate import generate
+from tokenloom.cli.lab import lab
 from tokenloom.cli.recipes import recipes
-from tokenloom.cli.runs import compare, report
+from tokenloom.cli.report import report
+from tokenloom.cli.runs import compare
+from tokenloom.cli.tokens import tokens
 from tokenloom.cli.train import train
 
 HELP = """Token-level methods for language models: train, measure, look.
@@ -21,6 +24,7 @@ First steps:
   tokenloom train quickstart            teach a small model one-digit sums
   tokenloom train quickstart --dry-run  what that would take
   tokenloom methods                     algorithms and their parts
+  tokenloom lab --quick                 measure them against exact ground truth
   tokenloom doctor                      what this machine can do
 
 Examples of each command: tokenloom COMMAND --help
@@ -39,9 +43,11 @@ for function, name in (
     (evaluate, "eval"),
     (compare, "compare"),
     (report, "report"),
+    (tokens, "tokens"),
     (generate, "generate"),
     (methods, "methods"),
     (recipes, "recipes"),
+    (lab, "lab"),
     (doctor, "doctor"),
 ):
     app.command(name)(function)

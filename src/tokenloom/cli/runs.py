@@ -1,4 +1,4 @@
-"""`tokenloom report` and `tokenloom compare`: looking at runs."""
+"""`tokenloom compare`: two runs side by side."""
 
 from __future__ import annotations
 
@@ -9,26 +9,6 @@ import typer
 
 from tokenloom.cli.console import console
 from tokenloom.cli.guard import guarded
-
-
-@guarded
-def report(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, finished or not.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="File to write; default RUN/report.html.")] = None,
-) -> None:
-    """Show a run: a summary here, and everything in one HTML file that needs no network.
-
-    Examples:
-      tokenloom report runs/quickstart-001
-      tokenloom report runs/quickstart-001 --out quickstart.html
-    """
-    from tokenloom.report import write_report
-    from tokenloom.report.terminal import print_summary
-
-    screen = console()
-    path = write_report(run, out)
-    print_summary(run, screen)
-    screen.print(f"report: {path}", soft_wrap=True)
 
 
 @guarded

@@ -85,6 +85,7 @@ class Policy:
         if self.config.self_test:
             result = self_test(self.causal, self.head, kinds)
             result.warn(type(self.causal).__name__)
+            kinds = result.kinds
             self.forward = padded(exact=not result.forward_agrees)
             self.head.fused &= result.head_agrees
             sharing &= result.tree_agrees and result.forward_agrees

@@ -8,15 +8,20 @@ import json
 import math
 import os
 import re
+from collections.abc import Mapping
+from html import escape
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-SCRIPTS = ("dom.js", "charts.js", "overview.js", "samples.js", "scale.js", "tokens.js", "main.js")
+SCRIPTS = (
+    "dom.js", "charts.js", "overview.js", "samples.js", "inflate.js", "store.js", "scale.js", "virtual.js",
+    "choice.js", "responses.js", "tip.js", "tree.js", "tokens.js", "main.js",
+)  # fmt: skip
 
 
-def render(payload: dict[str, Any]) -> str:
-    """The page of `payload`.
+def render(payload: dict[str, Any], blobs: Mapping[str, str] | None = None) -> str:
+    """The page of `payload`, with packed numbers (base64, see `encode`) by name beside it.
 
     The content security policy admits exactly the inlined style and script (by hash) and no
     network at all, so that untrusted text has nothing to reach even if it escaped its place.
@@ -27,7 +32,10 @@ def render(payload: dict[str, Any]) -> str:
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    parts = {"policy": policy, "style": style, "data": embed(payload), "script": script}
+    packed = "".join(
+        f'<script type="text/plain" data-blob="{escape(k)}">{v}</script>\n' for k, v in (blobs or {}).items()
+    )
+    parts = {"policy": policy, "style": style, "data": embed(payload), "blobs": packed, "script": script}
     # One pass, so that a placeholder inside the data stays text.
     return re.sub(r"\{\{(\w+)\}\}", lambda m: parts[m.group(1)], _asset("page.html"))
 
@@ -41,11 +49,11 @@ def embed(payload: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def write_page(payload: dict[str, Any], out: Path) -> Path:
+def write_page(payload: dict[str, Any], out: Path, blobs: Mapping[str, str] | None = None) -> Path:
     """Render into `out` (parent made if missing), replacing it in one move: no half page is ever seen."""
     out.parent.mkdir(parents=True, exist_ok=True)
     part = out.with_name(out.name + ".part")
-    part.write_text(render(payload), encoding="utf-8", newline="\n")
+    part.write_text(render(payload, blobs), encoding="utf-8", newline="\n")
     os.replace(part, out)
     return out
 

@@ -15,26 +15,30 @@ from tokenloom.report.read import RunData, read_run
 from tokenloom.report.series import MAX_POINTS, all_series, meaning, thinned
 from tokenloom.report.summary import duration, final_numbers, recipe_differences, summarize
 from tokenloom.report.text import prompt_text, shorten
-from tokenloom.report.tokens import MAX_RESPONSES, MAX_TOKENS, TokenDump
+from tokenloom.report.token_payload import token_payload
 
 MAX_SAMPLES_PER_OUTCOME = 40
 MAX_RUNS = 6
 
 
-def write_report(run: str | Path, out: str | Path | None = None) -> Path:
+def write_report(run: str | Path, out: str | Path | None = None, *, compare: Sequence[str] = ()) -> Path:
     """Write the HTML report of one run folder and return its path (default: `report.html` in the run).
 
+    `compare` names presets to ask about the dumped responses; one that lacks signals is shown with the reason.
+
     Raises:
-        ValueError: when `run` is not a run folder. Damaged files never raise: the page says what is missing.
+        ValueError: when `run` is not a run folder or a preset is unknown. Damaged files never raise: the page says
+            what is missing.
     """
     data = read_run(run)
+    tokens, blobs = token_payload(data, compare)
     payload = {
         "runs": [_run(data)],
         "charts": _charts([data]),
         "samples": sample_pairs(data),
-        "tokens": _tokens(data.tokens),
+        "tokens": tokens,
     }
-    return write_page(payload, _target(out, data.path / "report.html", "report.html"))
+    return write_page(payload, _target(out, data.path / "report.html", "report.html"), blobs)
 
 
 def compare_report(runs: Sequence[str | Path], out: str | Path) -> Path:
@@ -175,34 +179,4 @@ def _answer(line: dict[str, Any] | None) -> dict[str, Any] | None:
         "answer": None if answer is None else shorten(str(answer), 500),
         "reward": number(line.get("reward")),
         "correct": bool(line.get("correct")),
-    }
-
-
-def _tokens(dump: TokenDump) -> dict[str, Any]:
-    """Rows with prompts as indices into a table of distinct ones; masks that are true throughout left out."""
-    prompts = list(dict.fromkeys(r.prompt for r in dump.rows))
-    index = {p: i for i, p in enumerate(prompts)}
-    rows = [
-        {
-            "step": r.step,
-            "row": r.row,
-            "group": r.group,
-            "prompt": index[r.prompt],
-            "answer": r.answer,
-            "reward": r.reward,
-            "ids": r.ids,
-            "pieces": r.pieces,
-            "mask": None if all(r.mask) else [int(m) for m in r.mask],
-            "q": r.quantities,
-            "omitted": r.omitted,
-        }
-        for r in dump.rows
-    ]
-    return {
-        "prompts": prompts,
-        "rows": rows,
-        "total": dump.total,
-        "steps": dump.steps,
-        "maxTokens": MAX_TOKENS,
-        "maxResponses": MAX_RESPONSES,
     }

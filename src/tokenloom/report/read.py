@@ -39,8 +39,8 @@ class RunData:
     notes: tuple[str, ...]
 
 
-def read_run(path: str | Path, *, max_responses: int = MAX_RESPONSES) -> RunData:
-    """Read the run folder at `path`, with at most `max_responses` token dumps.
+def read_run(path: str | Path, *, max_responses: int = MAX_RESPONSES, step: int | None = None) -> RunData:
+    """Read the run folder at `path`, with at most `max_responses` token dumps, of one `step` (-1: the last) if given.
 
     Raises:
         ValueError: when `path` is not a run folder (none of recipe.yaml, run.json, metrics.jsonl in
@@ -64,7 +64,7 @@ def read_run(path: str | Path, *, max_responses: int = MAX_RESPONSES) -> RunData
         evals=_by_step([m for m in metrics if m.get("kind") == "eval"]),
         timing=_by_step(timing),
         samples=samples,
-        tokens=read_tokens(folder / "tokens.jsonl", notes, max_responses=max_responses),
+        tokens=read_tokens(folder / "tokens.jsonl", notes, max_responses=max_responses, step=step),
         notes=tuple(notes),
     )
 

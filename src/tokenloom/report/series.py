@@ -55,6 +55,16 @@ _KNOWN = {
     "loss": Meaning("Optimization", "", "The minimized loss; its sign and size depend on the algorithm."),
     "grad_norm": Meaning("Optimization", "", "Norm of the gradient before clipping."),
     "lr": Meaning("Optimization", "", "Learning rate."),
+    "surrogate/clipped": Meaning("Stages", "%", "Acting tokens that the clip holds: their gradient is exactly zero."),
+    "weight/acting": Meaning("Stages", "%", "Sampled tokens with scale, weight and advantage other than zero."),
+    "plan/kept": Meaning("Stages", "%", "Responses that the select stage kept."),
+    "plan/live_tokens": Meaning("Stages", "%", "Sampled tokens whose gradient could be other than zero."),
+    "tokens/ess": Meaning(
+        "Stages", "%", "Effective sample size over sample size, trainer against sampler, of the dumped tokens."
+    ),
+    "tokens/mismatch": Meaning(
+        "Stages", "nats", "Mean size of the log-ratio between trainer and sampler before the update, dumped tokens."
+    ),
     "timing/seconds": Meaning("Timing", "s", "Wall clock of the step."),
     "timing/rollout_seconds": Meaning("Timing", "s", "Time spent generating and scoring responses."),
     "timing/train_seconds": Meaning("Timing", "s", "Time spent in forward and backward passes."),
@@ -66,7 +76,7 @@ _LEAVES = {
     "ratio": ("", "Mean importance ratio, 1 on policy."),
     "ess": ("%", "Effective sample size over actual sample size."),
 }
-_ORDER = ["Held-out", "Learning", "Behavior", "Optimization"]
+_ORDER = ["Held-out", "Learning", "Behavior", "Optimization", "Stages"]
 
 
 def meaning(key: str) -> Meaning:
@@ -81,7 +91,8 @@ def meaning(key: str) -> Meaning:
 
 
 def all_series(run: RunData) -> dict[str, Series]:
-    """Every numeric metric of the run by key: training metrics as named, `eval/…` and `timing/…` prefixed.
+    """Every numeric metric of the run by key: training metrics as named, `eval/…` and `timing/…` prefixed;
+    `tokens/…` is what the token dump says.
 
     Keys are ordered for display: held-out, learning, behavior, optimization, prefixes, other, timing.
     """
@@ -93,6 +104,10 @@ def all_series(run: RunData) -> dict[str, Series]:
             points = [(step, row[key]) for step, row in rows if key in row]
             if any(v is not None for _, v in points):
                 found[prefix + key] = Series([s for s, _ in points], [v for _, v in points])
+    told = run.tokens.mismatch
+    if told:
+        found["tokens/mismatch"] = Series(list(told), [size for size, _ in told.values()])
+        found["tokens/ess"] = Series(list(told), [ess for _, ess in told.values()])
     known = list(_KNOWN)
     groups = list(dict.fromkeys(meaning(key).group for key in found))
     return dict(

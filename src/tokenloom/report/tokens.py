@@ -6,28 +6,33 @@ The file may be far larger than memory or than a page should be, so the first pa
 
 from __future__ import annotations
 
+import math
+import re
+from array import array
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tokenloom.report.jsonl import number, parse_object, read_objects
 from tokenloom.report.text import prompt_text, shorten
 
-MAX_RESPONSES = 240
+MAX_RESPONSES = 2_000
 MAX_STEPS = 40
-MAX_TOKENS = 50_000
-MAX_TOKENS_PER_RESPONSE = 1_500
+MAX_TOKENS = 1_050_000
+MAX_TOKENS_PER_RESPONSE = 4_096
 MAX_PIECE = 200
+_CORE = ("advantage", "coefficient", "weight", "entropy", "log_ratio", "reference_kl", "probability", "logprob")
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class TokenRow:
-    """One response of L tokens: `ids`, `pieces`, `mask` and each quantity have L entries, None if unknown.
+    """One response of L tokens: `ids`, `pieces`, `mask` and each quantity have L entries, None or NaN if unknown.
 
-    `omitted` counts tokens of the response beyond `MAX_TOKENS_PER_RESPONSE`.
+    `omitted` counts tokens of the response beyond `MAX_TOKENS_PER_RESPONSE`; `stored` names the folder of its batch
+    within the run, "" when there is none.
     """
 
     step: int
@@ -39,17 +44,24 @@ class TokenRow:
     ids: list[int | None]
     pieces: list[str]
     mask: list[bool]
-    quantities: dict[str, list[float | None]]
+    quantities: dict[str, array[float]]
     omitted: int = 0
+    stored: str = ""
 
 
 @dataclass(frozen=True)
 class TokenDump:
-    """The chosen responses, ordered by step, group and row, out of `total` responses at `steps` steps."""
+    """The chosen responses, ordered by step, group and row, out of `total` responses at `steps` steps.
+
+    `mismatch` holds, of each dumped step over all its sampled tokens, the mean size of the log-ratio between trainer
+    and sampler, and the effective sample size (sum w)^2 / (n sum w^2) of their ratios w as a fraction.
+    """
 
     rows: tuple[TokenRow, ...] = ()
     total: int = 0
     steps: int = 0
+    step_numbers: tuple[int, ...] = ()
+    mismatch: dict[int, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,14 +74,20 @@ class _Entry:
     offset: int
 
 
-def read_tokens(path: Path, notes: list[str], *, max_responses: int = MAX_RESPONSES) -> TokenDump:
-    """Read at most `max_responses` responses and `MAX_TOKENS` tokens of `path`; see `choose` for which."""
+def read_tokens(
+    path: Path, notes: list[str], *, max_responses: int = MAX_RESPONSES, step: int | None = None
+) -> TokenDump:
+    """Read at most `max_responses` responses and `MAX_TOKENS` tokens of `path`; see `choose` for which.
+
+    With `step` only those of that step are read; -1 is the last one dumped.
+    """
     entries: dict[tuple[int, int], _Entry] = {}
+    ratios: dict[tuple[int, int], list[float]] = {}
     for count, (offset, line) in enumerate(read_objects(path, notes, "there is no token map")):
-        step, row = number(line.get("step")), number(line.get("row"))
+        at, row = number(line.get("step")), number(line.get("row"))
         group = number(line.get("group"))
         entry = _Entry(
-            step=int(step or 0),
+            step=int(at or 0),
             row=count if row is None else int(row),
             group=None if group is None else int(group),
             reward=number(line.get("reward")),
@@ -78,15 +96,17 @@ def read_tokens(path: Path, notes: list[str], *, max_responses: int = MAX_RESPON
         )
         # A resumed run writes the steps after its checkpoint again: the last writing counts.
         entries[entry.step, entry.row] = entry
-    chosen = choose(list(entries.values()), max_responses)
+        ratios[entry.step, entry.row] = _log_ratios(line)
+    steps = sorted({e.step for e in entries.values()})
+    wanted = steps[-1] if step == -1 and steps else step
+    chosen = choose([e for e in entries.values() if wanted is None or e.step == wanted], max_responses)
     rows: list[TokenRow] = []
     if chosen:
         with path.open("rb") as file:
             for entry in chosen:
                 file.seek(entry.offset)
                 rows.append(_token_row(entry, parse_object(file.readline()) or {}))
-    steps = len({e.step for e in entries.values()})
-    return TokenDump(tuple(rows), total=len(entries), steps=steps)
+    return TokenDump(tuple(rows), len(entries), len(steps), tuple(steps), _mismatch(ratios))
 
 
 def choose(entries: list[_Entry], max_responses: int) -> list[_Entry]:
@@ -119,6 +139,27 @@ def spread(values: list[int], count: int) -> list[int]:
     return [values[round(i * (len(values) - 1) / (count - 1))] for i in range(count)]
 
 
+def _log_ratios(line: dict[str, Any]) -> list[float]:
+    """Four sums over the sampled tokens of a row: their count, |log w|, w and w squared."""
+    quantities = line.get("quantities")
+    values = quantities.get("log_ratio") if isinstance(quantities, dict) else None
+    sums = [0.0, 0.0, 0.0, 0.0]
+    if isinstance(values, list):
+        for value, sampled in zip(values, _padded(_list(line, "mask"), len(values), True), strict=True):
+            # Beyond 50 a ratio is no measurement any more, and its square would soon be none that a float can hold.
+            if sampled and (x := number(value)) is not None and abs(x) < 50:
+                w = math.exp(x)
+                sums = [a + b for a, b in zip(sums, (1.0, abs(x), w, w * w), strict=True)]
+    return sums
+
+
+def _mismatch(ratios: dict[tuple[int, int], list[float]]) -> dict[int, tuple[float, float]]:
+    steps: dict[int, list[float]] = {}
+    for (step, _), sums in ratios.items():
+        steps[step] = [a + b for a, b in zip(steps.get(step, [0.0] * 4), sums, strict=True)]
+    return {step: (size / n, w * w / (n * ww)) for step, (n, size, w, ww) in sorted(steps.items()) if n}
+
+
 def _informative_first(entries: list[_Entry]) -> list[_Entry]:
     groups: dict[int | None, list[_Entry]] = defaultdict(list)
     for entry in entries:
@@ -149,13 +190,34 @@ def _token_row(entry: _Entry, line: dict[str, Any]) -> TokenRow:
         ids=_padded([i if isinstance(i, int) else None for i in ids], n, None),
         pieces=[shorten(t, MAX_PIECE) for t in texts],
         mask=_padded([bool(m) for m in mask], n, True),
-        quantities={
-            str(name): _padded([number(v) for v in values], n, None)
-            for name, values in (quantities.items() if isinstance(quantities, dict) else ())
-            if isinstance(values, list)
-        },
+        quantities=_quantities(quantities if isinstance(quantities, dict) else {}, n),
         omitted=full - n,
+        stored=_stored(line.get("stored")),
     )
+
+
+def _quantities(told: dict[str, Any], n: int) -> dict[str, array[float]]:
+    """What was dumped, the usual quantities first, and the probability that the log-prob stands for."""
+    found = {
+        str(name): array("f", _padded([_single(v) for v in values], n, math.nan))
+        for name, values in told.items()
+        if isinstance(values, list)
+    }
+    if "logprob" in found:
+        found["probability"] = array("f", (math.exp(min(v, 0.0)) if v == v else v for v in found["logprob"]))
+    return {k: found[k] for k in (*_CORE, *sorted(found.keys() - set(_CORE))) if k in found}
+
+
+def _single(value: Any) -> float:
+    """A number that fits single precision, NaN for everything else."""
+    known = number(value)
+    return known if known is not None and abs(known) < 3.4e38 else math.nan
+
+
+def _stored(value: Any) -> str:
+    """A folder inside the run; a path that leads elsewhere is none."""
+    text = value if isinstance(value, str) else ""
+    return text if re.fullmatch(r"tokens/step-\d{6,12}", text) else ""
 
 
 def _list(line: dict[str, Any], key: str) -> list[Any]:

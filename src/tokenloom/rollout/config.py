@@ -36,6 +36,13 @@ class RolloutConfig(BaseModel):
         None, ge=1, description="Most responses decoded together, to bound memory; unset: all of a step."
     )
 
+    speculate: int = Field(
+        0,
+        ge=0,
+        description="Longest draft that a response checks in one step, guessed from what its group has written; "
+        "samples stay the same. 0: no drafts. Pays in small batches of text that repeats itself.",
+    )
+
     @field_validator("temperature")
     @classmethod
     def _explores(cls, value: float) -> float:

@@ -1,87 +1,41 @@
-"""One wave of responses: prefill every distinct prompt once, then decode all rows together.
+"""One wave of responses, decoded together, with or without drafts.
 
-Letters: U distinct prompts, B rows still in the batch, N rows of the wave, P longest prompt, V vocabulary.
+Without drafts a step feeds each row's last token and samples the next. With drafts it feeds the last token and a guess
+at the next ones, and samples after each: token t of a row is drawn with the row's own number u_t (see `randomness`)
+from the law after the tokens before it, so as long as the guess equals what was drawn, the draws behind it are the
+ones that steps of a single token would have made. The first draw that differs from the guess is still right, being
+conditioned on right tokens; what follows it is thrown away. The samples are thus the same as without drafts, not
+merely of the same law; it is rejection sampling (arXiv:2211.17192) with a deterministic draft and common numbers.
+
+Letters: N rows of the wave, B rows still in the batch, n tokens of a row in a step, V vocabulary.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tokenloom.batch import Sampling
-from tokenloom.rollout.randomness import UniformStreams, row_key
+from tokenloom.rollout.draft import GroupDrafts
+from tokenloom.rollout.forward import CachedForward
+from tokenloom.rollout.listeners import Listeners
+from tokenloom.rollout.randomness import row_key, uniform_streams
+from tokenloom.rollout.record import Record, Request, Response
 from tokenloom.rollout.sampler import Sampler
 from tokenloom.rollout.stopping import StopStrings
 
 ShapeLogits = Callable[[Tensor, int], Tensor]
-Report = Callable[[int, int], None]
 # A batch is cut down once this share of its rows has finished: cutting copies the cache once,
 # which a step of that many dead rows costs several times over.
 _CUT_SHARE = 1 / 8
-
-
-@dataclass(frozen=True)
-class Request:
-    """One response to sample: its prompt's ids, its number among the prompt's copies, its longest length."""
-
-    prompt: tuple[int, ...]
-    copy: int
-    max_tokens: int
-
-
-@dataclass(frozen=True)
-class Response:
-    """Sampled ids, their log-probs, and whether the length limit cut the response off."""
-
-    tokens: Tensor
-    logprobs: Tensor
-    truncated: bool
-
-
-def base_model(model: Any) -> Any:
-    """The model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-class _Forward:
-    """Calls the model with the arguments that its architecture has."""
-
-    def __init__(self, model: Any) -> None:
-        base = base_model(model)
-        accepted = inspect.signature(base.forward).parameters
-        self._model = model
-        self._config = base.config
-        # transformers renamed the argument in 5.x.
-        self._cache_name = "cache" if "cache" in accepted else "past_key_values"
-        self._positions = "position_ids" in accepted
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-
-    def prefill(self, ids: Tensor, mask: Tensor | None, positions: Tensor) -> tuple[Tensor, Any]:
-        from tokenloom.rollout.cache import (
-            new_cache,
-        )  # brings transformers, which reading a recipe need not wait for
-
-        cache = new_cache(self._config)
-        return self.step(ids, mask, positions, cache), cache
-
-    def step(self, ids: Tensor, mask: Tensor | None, positions: Tensor, cache: Any) -> Tensor:
-        """Logits [B, V] of the token after `ids` [B, S]."""
-        extra = {"position_ids": positions} if self._positions else {}
-        out = self._model(
-            input_ids=ids,
-            attention_mask=mask,
-            use_cache=True,
-            **{self._cache_name: cache},
-            **extra,
-            **self._last_only,
-        )
-        logits: Tensor = out.logits[:, -1]
-        return logits
+_NO_GUESS = -1
+# Tokens up to which a step takes about as long as with one: then its time is that of reading the weights. Drafts fill
+# up a step to so many, and a wide batch decodes without them until few of its rows are left.
+_FREE_TOKENS = {"cpu": 16}
+_FREE_ELSEWHERE = 256
 
 
 def decode_wave(
@@ -90,10 +44,12 @@ def decode_wave(
     sampling: Sampling,
     seed: int,
     *,
-    report: Report | None = None,
+    lean: bool,
+    speculate: int = 0,
+    listeners: Listeners,
     shape_logits: ShapeLogits | None = None,
 ) -> list[Response]:
-    """Responses to `requests`, in order. The caller holds `contexts.sampling_mode`.
+    """Responses to `requests`, in order. The caller holds `contexts.sampling_mode` and `lean.lean_modules`.
 
     Raises:
         FloatingPointError: when the model's logits are not numbers.
@@ -102,93 +58,121 @@ def decode_wave(
     distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(r.prompt for r in requests))}
     rows = torch.tensor([distinct[r.prompt] for r in requests], device=device)
     limits = torch.tensor([r.max_tokens for r in requests], device=device)
-    width = max(r.max_tokens for r in requests)
     ends = torch.tensor(sorted(policy.eos_ids), dtype=torch.int64, device=device)
     watchers = [StopStrings(policy.tokenizer, sampling.stop) for _ in requests] if sampling.stop else []
-    streams = UniformStreams([row_key(seed, r.prompt, r.copy) for r in requests], device)
-    sampler = Sampler(sampling)
+    drafts = GroupDrafts([r.prompt for r in requests], speculate) if speculate else None
 
-    forward = _Forward(policy.model)
-    ids, mask, lengths = _left_padded(list(distinct), width, device)
-    prompt_width = ids.shape[1]
-    positions = (torch.arange(prompt_width, device=device) - (prompt_width - lengths)[:, None]).clamp(min=0)
-    padded = bool((lengths < prompt_width).any())
-    logits, cache = forward.prefill(ids, mask[:, :prompt_width] if padded else None, positions)
-    logits, mask, positions = logits[rows], mask[rows], lengths[rows, None]
-    cache.reorder_cache(rows)
+    forward = CachedForward(policy, lean=lean, ragged=drafts is not None)
+    logits = forward.start(list(distinct), rows)[:, None]
+    record = Record(requests, logits)
+    responses: dict[int, Response] = {}
+    draws = _Draws(requests, sampling, seed, record, shape_logits)
 
-    record = _Record(len(requests), width, logits)
     batch = torch.arange(len(requests), device=device)  # which row of the wave each row of the batch is
     alive = torch.ones(len(requests), dtype=torch.bool, device=device)  # [B], False once finished
-    for step in range(width):
-        unshaped = None
-        if shape_logits is not None:
-            unshaped = logits.to(record.logprobs.dtype)
-            logits = shape_logits(unshaped.clone(), step)
-        token, logprob = sampler.draw(logits, streams.at(step)[batch], unshaped)
-        hit = torch.isin(token, ends)
+    guesses = torch.empty(len(requests), 0, dtype=torch.int64, device=device)  # [B, n - 1]
+    for step in range(int(limits.max())):
+        ahead = torch.arange(logits.shape[1], device=device)
+        # Without drafts the rows in step are all at the same place; those that have finished do not matter.
+        places = record.counts[batch, None] + ahead if drafts is not None else torch.full_like(batch[:, None], step)
+        tokens, logprobs = draws.at(logits, batch, places)
+        right = (tokens[:, :-1] == guesses).long().cumprod(1).sum(1)
+        fresh = torch.minimum(right + 1, limits[batch] - record.counts[batch]) * alive
+        fresh, ended = _until(torch.isin(tokens, ends), fresh)
         if watchers:
-            hit |= _push(watchers, batch, token, alive)
-        record.write(step, batch, token, logprob, alive, hit)
-        alive &= ~hit & (limits[batch] > step + 1)
-        left = int(alive.sum())
-        if report is not None:
-            report(len(requests) - left, int(record.counts.sum()))
+            _until_stopped(watchers, batch, tokens, fresh, ended)
+        record.write(batch, tokens, logprobs, fresh, ended)
+        still = alive & ~ended & (record.counts[batch] < limits[batch])
+        left = int(still.sum())
+        added = _added(batch, tokens, fresh)
+        for row, ids in added:
+            listeners.tokens(row, ids)
+        for row in batch[alive & ~still].tolist():
+            responses[row] = record.response(row)
+            listeners.finished(row, responses[row])
+        listeners.step(len(requests) - left, int(record.counts.sum()))
         if left == 0:
             break
+        last, alive = tokens.gather(1, (fresh - 1).clamp(min=0)[:, None]), still
         if len(batch) - left >= _CUT_SHARE * len(batch):
             kept = alive.nonzero()[:, 0]
-            cache.reorder_cache(kept)
-            batch, token, positions, mask, alive = (x[kept] for x in (batch, token, positions, mask, alive))
-        seen = mask[:, : prompt_width + step + 1] if padded else None
-        logits = forward.step(token[:, None], seen, positions + step, cache)
-    return record.responses()
+            forward.keep(kept)
+            batch, last, alive = batch[kept], last[kept], alive[kept]
+        guesses = last[:, :0]
+        done: int | Tensor = step
+        if drafts is not None:
+            drafts.learn(added)
+            guesses, done = _guess(drafts, batch, alive, limits - record.counts), record.counts[batch] - 1
+        logits = forward.step(torch.cat((last, guesses.clamp(min=0)), 1), done)
+    return [responses[row] for row in range(len(requests))]
 
 
-class _Record:
-    """What has been sampled, by row of the wave: tokens and log-probs [N, width], counts and ends [N]."""
+class _Draws:
+    """Draws the next tokens of rows, each with its own numbers and laws."""
 
-    def __init__(self, rows: int, width: int, logits: Tensor) -> None:
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        self.tokens = torch.zeros(rows, width, dtype=torch.int64, device=logits.device)
-        self.logprobs = torch.zeros(rows, width, dtype=dtype, device=logits.device)
-        self.counts = torch.zeros(rows, dtype=torch.int64, device=logits.device)
-        self.ended = torch.zeros(rows, dtype=torch.bool, device=logits.device)
+    def __init__(
+        self, requests: Sequence[Request], sampling: Sampling, seed: int, record: Record, shape: ShapeLogits | None
+    ) -> None:
+        self._sampler, self._record, self._shape = Sampler(sampling), record, shape
+        keys = [row_key(seed, r.prompt, r.copy) for r in requests]
+        self._uniforms = uniform_streams(keys, record.tokens.shape[1], record.tokens.device)
 
-    def write(self, step: int, batch: Tensor, token: Tensor, logprob: Tensor, alive: Tensor, hit: Tensor) -> None:
-        # Finished rows that are still in the batch write beyond their count, where nothing reads.
-        self.tokens[batch, step], self.logprobs[batch, step] = token, logprob
-        self.counts[batch] += alive
-        self.ended[batch] |= hit & alive
-
-    def responses(self) -> list[Response]:
-        tokens, logprobs = self.tokens.cpu(), self.logprobs.cpu()
-        out = []
-        for row, (count, ended) in enumerate(zip(self.counts.tolist(), self.ended.tolist(), strict=True)):
-            taken = logprobs[row, :count].clone()
-            if bool(taken.isnan().any()):
-                where = int(taken.isnan().int().argmax())
-                raise FloatingPointError(
-                    f"the model's logits at token {where} of a response are not numbers; its weights have "
-                    "probably diverged. Resume an earlier checkpoint with a lower learning rate"
-                )
-            out.append(Response(tokens[row, :count].clone(), taken, not ended))
-        return out
-
-
-def _left_padded(prompts: Sequence[tuple[int, ...]], room: int, device: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids [U, P], mask [U, P + room] (1 in the room), lengths [U]. The mask hides the pads' id."""
-    lengths = torch.tensor([len(p) for p in prompts])
-    longest = int(lengths.max())
-    ids = torch.zeros(len(prompts), longest, dtype=torch.int64)
-    for i, prompt in enumerate(prompts):
-        ids[i, longest - len(prompt) :] = torch.tensor(prompt)
-    mask = torch.arange(longest + room) >= (longest - lengths)[:, None]
-    return ids.to(device), mask.long().to(device), lengths.to(device)
+    def at(self, logits: Tensor, batch: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and log-probs [B, n] from `logits` [B, n, V], for `places` [B, n] of the responses `batch` [B]."""
+        b, n, vocab = logits.shape
+        places = places.clamp(max=self._uniforms.shape[1] - 1)  # beyond a row's limit nothing is kept
+        uniforms = self._uniforms[batch[:, None], places].flatten()
+        logits, unshaped = logits.reshape(b * n, vocab), None
+        if self._shape is not None:
+            unshaped = logits.to(self._record.logprobs.dtype)
+            logits = unshaped.clone()
+            steps = sorted(set(places.flatten().tolist()))
+            if len(steps) == 1:
+                logits = self._shape(logits, steps[0])
+            else:
+                for step in steps:
+                    here = (places == step).flatten()
+                    logits[here] = self._shape(logits[here], step)
+        tokens, logprobs = self._sampler.draw(logits, uniforms, unshaped)
+        return tokens.view(b, n), logprobs.view(b, n)
 
 
-def _push(watchers: Sequence[StopStrings], batch: Tensor, token: Tensor, alive: Tensor) -> Tensor:
-    """Which rows of the batch [B] now contain a stop string."""
-    known = zip(batch.tolist(), token.tolist(), alive.tolist(), strict=True)
-    hits = [running and watchers[row].push(taken) for row, taken, running in known]
-    return torch.tensor(hits, device=token.device)
+def _until(hits: Tensor, fresh: Tensor) -> tuple[Tensor, Tensor]:
+    """`fresh` [B] cut behind the first of `hits` [B, n], and whether there was one within it."""
+    n = hits.shape[1]
+    first = torch.where(hits, torch.arange(n, device=hits.device), n).amin(1) + 1
+    return torch.minimum(fresh, first), first <= fresh
+
+
+def _until_stopped(
+    watchers: Sequence[StopStrings], batch: Tensor, tokens: Tensor, fresh: Tensor, ended: Tensor
+) -> None:
+    """Cut `fresh` [B] behind the token that completes a stop string, and set `ended` [B], in place."""
+    known = zip(batch.tolist(), tokens.tolist(), fresh.tolist(), strict=True)
+    for i, (row, ids, count) in enumerate(known):
+        for number, token in enumerate(ids[:count], 1):
+            if watchers[row].push(token):
+                fresh[i], ended[i] = number, True
+                break
+
+
+def _guess(drafts: GroupDrafts, batch: Tensor, alive: Tensor, left: Tensor) -> Tensor:
+    """Drafts for the rows in step [B, n - 1], `_NO_GUESS` where there is none; `left` [N] tokens are to come."""
+    room = left.tolist()
+    longest = _FREE_TOKENS.get(batch.device.type, _FREE_ELSEWHERE) // len(batch) - 1
+    found: list[list[int]] = [[] for _ in batch]
+    if longest > 0:
+        for i, (row, running) in enumerate(zip(batch.tolist(), alive.tolist(), strict=True)):
+            if running:
+                # The last token of a response needs no guess at a token behind it.
+                found[i] = drafts.propose(row, min(longest, room[row] - 1))
+    guesses = torch.full((len(found), max(map(len, found))), _NO_GUESS, dtype=torch.int64)
+    for i, draft in enumerate(found):
+        guesses[i, : len(draft)] = torch.tensor(draft, dtype=torch.int64)
+    return guesses.to(batch.device)
+
+
+def _added(batch: Tensor, tokens: Tensor, fresh: Tensor) -> list[tuple[int, list[int]]]:
+    """For each row of the batch that got tokens, its number in the wave and the tokens."""
+    known = zip(batch.tolist(), tokens.tolist(), fresh.tolist(), strict=True)
+    return [(row, ids[:count]) for row, ids, count in known if count]

@@ -7,7 +7,7 @@ forward calls as its longest response has tokens (per wave, when `max_rows` asks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +16,14 @@ from torch import Tensor
 
 from tokenloom.batch import Rollouts, Sampling
 from tokenloom.rollout.contexts import sampling_mode
-from tokenloom.rollout.decode import Request, Response, ShapeLogits, base_model, decode_wave
+from tokenloom.rollout.decode import ShapeLogits, decode_wave
+from tokenloom.rollout.forward import base_model, can_forget
+from tokenloom.rollout.forward import model_positions as model_positions  # part of the engine's own surface
+from tokenloom.rollout.lean import lean_modules
+from tokenloom.rollout.listeners import Listeners, OnFinished, OnTokens, Progress
 from tokenloom.rollout.randomness import base_seed
+from tokenloom.rollout.record import Request, Response
 from tokenloom.rollout.sampler import check_sampling
-
-Progress = Callable[[int, int, int], None]
 
 
 def generate(
@@ -33,6 +36,9 @@ def generate(
     progress: Progress | None = None,
     max_rows: int | None = None,
     shape_logits: ShapeLogits | None = None,
+    speculate: int = 0,
+    on_tokens: OnTokens | None = None,
+    on_finished: OnFinished | None = None,
 ) -> Rollouts:
     """Sample `copies` responses (one number, or one per prompt) to each of `prompts` (ids, int64 [P_i]).
 
@@ -50,14 +56,17 @@ def generate(
     its own stream (see `randomness`), so neither finished neighbors nor `max_rows` change what it
     samples, beyond rounding of the forward. The same prompt twice in the list counts copies on.
 
-    `progress(finished, rows, tokens)` is called after every step. `max_rows` bounds the rows that
-    decode together, splitting prompts into waves. `shape_logits(logits [B, V] float32, step)` returns
-    the logits to sample from, before the temperature, and may write in place; it sees the rows still
-    in the batch, in no promised order, and must treat each by itself.
+    After every step `on_tokens(row, ids)` is told what was added to each row, `on_finished(row, response)`
+    which rows have finished (`row` counts as the result's rows do), and `progress(finished, rows, tokens)` is
+    called. `max_rows` bounds the rows that decode together, splitting prompts into waves.
+    `shape_logits(logits [B, V] float32, step)` returns the logits to sample from, before the temperature, and
+    may write in place; it sees rows of the batch that are at token `step` of their response, in no promised
+    order, and must treat each by itself. `speculate` is the longest draft that a row checks in one step (see
+    `draft`; 0: none); it changes how many steps a response takes, not the response, beyond rounding.
 
     Raises:
         ValueError: on an empty prompt, an id outside the vocabulary, more tokens than the model has
-            positions, or impossible parameters.
+            positions, impossible parameters, or drafts for a model that cannot take tokens back.
         FloatingPointError: when the model's logits are not numbers.
     """
     check_sampling(sampling)
@@ -72,7 +81,16 @@ def generate(
         seen[prompt] = first + number
     seed = base_seed(generator, sampling.seed)
     responses = sample(
-        policy, requests, sampling, seed, progress=progress, max_rows=max_rows, shape_logits=shape_logits
+        policy,
+        requests,
+        sampling,
+        seed,
+        progress=progress,
+        max_rows=max_rows,
+        shape_logits=shape_logits,
+        speculate=speculate,
+        on_tokens=on_tokens,
+        on_finished=on_finished,
     )
     return Rollouts.build(
         [r.prompt for r in requests],
@@ -94,36 +112,30 @@ def sample(
     progress: Progress | None = None,
     max_rows: int | None = None,
     shape_logits: ShapeLogits | None = None,
+    speculate: int = 0,
+    on_tokens: OnTokens | None = None,
+    on_finished: OnFinished | None = None,
 ) -> list[Response]:
-    """Responses to `requests`, in order; each request has its own length limit. Raises as `generate` does."""
-    _check_requests(policy, requests, sampling, max_rows)
+    """Responses to `requests`, in order; each request has its own length limit.
+
+    `row` counts the requests; the rest and what is raised is as in `generate`.
+    """
+    _check_requests(policy, requests, sampling, max_rows, speculate)
+    listeners = Listeners(len(requests), progress, on_tokens, on_finished)
     responses: list[Response] = []
-    sampled = 0
-    with sampling_mode(policy):
+    with sampling_mode(policy), lean_modules(base_model(policy.model)) as lean:
         for wave in _waves(requests, max_rows):
-            done, before = len(responses), sampled
-            report = None
-            if progress is not None:
-
-                def report(
-                    finished: int,
-                    tokens: int,
-                    done: int = done,
-                    before: int = before,
-                    progress: Progress = progress,
-                ) -> None:
-                    progress(done + finished, len(requests), before + tokens)
-
-            responses += decode_wave(policy, wave, sampling, seed, report=report, shape_logits=shape_logits)
-            sampled += sum(len(r.tokens) for r in responses[done:])
+            responses += decode_wave(
+                policy,
+                wave,
+                sampling,
+                seed,
+                lean=lean,
+                speculate=speculate,
+                shape_logits=shape_logits,
+                listeners=listeners.behind(responses),
+            )
     return responses
-
-
-def model_positions(policy: Any) -> int | None:
-    """Most tokens, prompt and response together, that the model was made for; None if it does not say."""
-    config = base_model(policy.model).config.get_text_config(decoder=True)
-    found = getattr(config, "max_position_embeddings", None)
-    return None if found is None else int(found)
 
 
 def _copies(copies: int | Sequence[int], prompts: int) -> list[int]:
@@ -151,7 +163,16 @@ def _waves(requests: Sequence[Request], max_rows: int | None) -> Iterator[Sequen
         start = end
 
 
-def _check_requests(policy: Any, requests: Sequence[Request], sampling: Sampling, max_rows: int | None) -> None:
+def _check_requests(
+    policy: Any, requests: Sequence[Request], sampling: Sampling, max_rows: int | None, speculate: int
+) -> None:
+    if speculate < 0:
+        raise ValueError(f"speculate is {speculate}, must be >= 0, the longest draft in tokens (0: none)")
+    if speculate and not can_forget(policy):
+        raise ValueError(
+            f"{type(base_model(policy.model)).__name__} has layers that cannot take rejected tokens back, so it "
+            "decodes without drafts; set speculate to 0"
+        )
     if max_rows is not None and max_rows < 1:
         raise ValueError(f"max_rows is {max_rows}, must be >= 1, or None for no bound")
     if sampling.stop and policy.tokenizer is None:

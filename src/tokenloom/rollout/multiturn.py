@@ -15,9 +15,11 @@ from typing import Any
 import torch
 
 from tokenloom.batch import Rollouts, Sampling
-from tokenloom.rollout.decode import Request, Response, ShapeLogits
-from tokenloom.rollout.engine import model_positions, sample
+from tokenloom.rollout.decode import ShapeLogits
+from tokenloom.rollout.engine import sample
+from tokenloom.rollout.forward import model_positions
 from tokenloom.rollout.randomness import base_seed, row_key
+from tokenloom.rollout.record import Request, Response
 from tokenloom.rollout.sampler import check_sampling
 from tokenloom.rollout.transcript import answer_ids
 from tokenloom.tasks.environment import Environment
@@ -60,6 +62,7 @@ def run_episodes(
     generator: torch.Generator | None = None,
     max_rows: int | None = None,
     shape_logits: ShapeLogits | None = None,
+    speculate: int = 0,
 ) -> Rollouts:
     """`copies` episodes of each item, one environment each; the episodes' turns are generated together.
 
@@ -97,7 +100,9 @@ def run_episodes(
         if not going:
             break
         requests = [request for _, request in going]
-        responses = sample(policy, requests, sampling, seed, max_rows=max_rows, shape_logits=shape_logits)
+        responses = sample(
+            policy, requests, sampling, seed, max_rows=max_rows, shape_logits=shape_logits, speculate=speculate
+        )
         for (episode, _), response in zip(going, responses, strict=True):
             _turn(policy, episode, response, _room(episode, total_tokens, positions), turn == max_turns - 1)
     return _collect(policy, episodes, replace(sampling, seed=seed))

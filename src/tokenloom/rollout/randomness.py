@@ -7,7 +7,7 @@ over machines (beyond the rounding of the model's own forward). One shared gener
 row other numbers as soon as a neighbor left the batch.
 
 The streams are SplitMix64 (Steele, Lea and Flood 2014, "Fast splittable pseudorandom number
-generators"): stateless, so that the numbers of all rows at a step are a few vector operations.
+generators"): stateless, so that the numbers of all rows and steps are a few vector operations.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch import Tensor
 _GAMMA = -7046029254386353131  # 0x9E3779B97F4A7C15 as a signed 64-bit number
 _MIX_1 = -4658895280553007687  # 0xBF58476D1CE4E5B9
 _MIX_2 = -7723592293110705685  # 0x94D049BB133111EB
-_STEPS_AT_ONCE = 64
 
 
 def row_key(seed: int, prompt: Sequence[int], copy: int) -> int:
@@ -43,28 +42,15 @@ def base_seed(generator: torch.Generator | None, seed: int | None) -> int:
     return int(torch.randint(0, 2**62, (), generator=generator, device=device))
 
 
-class UniformStreams:
-    """The streams of B rows with keys `keys`; `streams.at(t)` is [B] in [0, 1), on `device`.
+def uniform_streams(keys: Sequence[int], steps: int, device: torch.device | str = "cpu") -> Tensor:
+    """The first `steps` numbers of the streams with keys `keys`, [B, steps] in [0, 1), on `device`.
 
     float64 with 53 random bits, float32 on devices without float64 (MPS).
     """
-
-    def __init__(self, keys: Sequence[int], device: torch.device | str = "cpu") -> None:
-        self._keys = torch.tensor(list(keys), dtype=torch.int64)
-        self._device = torch.device(device)
-        self._first = -1
-        self._table = torch.empty(0)
-
-    def at(self, step: int) -> Tensor:
-        """The uniform numbers of step `step`."""
-        first = step - step % _STEPS_AT_ONCE
-        if first != self._first:
-            counter = torch.arange(first + 1, first + 1 + _STEPS_AT_ONCE)[:, None]
-            bits = _mix(self._keys[None, :] + counter * _GAMMA)
-            uniform = _shift_right(bits, 11).double() * 2.0**-53
-            dtype = torch.float32 if self._device.type == "mps" else torch.float64
-            self._table, self._first = uniform.to(self._device, dtype), first
-        return self._table[step - first]
+    counter = torch.arange(1, steps + 1)
+    bits = _mix(torch.tensor(list(keys), dtype=torch.int64)[:, None] + counter * _GAMMA)
+    uniform = _shift_right(bits, 11).double() * 2.0**-53
+    return uniform.to(device, torch.float32 if torch.device(device).type == "mps" else torch.float64)
 
 
 def _shift_right(x: Tensor, places: int) -> Tensor:

@@ -5,9 +5,9 @@ then to the smallest set of most probable tokens that holds at least `top_p` of 
 renormalized. The token is the inverse of the law's distribution function at a uniform number
 (tokens in id order), so the law is exact and a draw is a function of (logits, u) alone.
 
-A vocabulary of 50 000 makes every pass over the logits count: one exponential pass serves the
-normalizer, the draw and the log-prob; the inverse is looked up in two levels (blocks of tokens,
-then tokens of one block), which needs no cumulative sum over the vocabulary and no sort.
+A vocabulary of 50 000 makes every pass over the logits count: one softmax serves the draw and the
+log-prob; its inverse is looked up in two levels (blocks of tokens, then tokens of one block), which
+needs no cumulative sum over the vocabulary and no sort.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def law(logits: Tensor, sampling: Sampling) -> Tensor:
     """Probabilities [B, V] of the token that `Sampler` draws from `logits` [B, V]."""
     if sampling.temperature == 0:
         return torch.nn.functional.one_hot(logits.argmax(-1), logits.shape[-1]).to(logits.dtype)
-    masses = Sampler(sampling).masses(logits).flatten(1)[:, : logits.shape[-1]]
+    masses = _softmax(logits, sampling.temperature)
     truncate_(masses, sampling.top_k, sampling.top_p)
     return masses / masses.sum(-1, keepdim=True)
 
@@ -77,11 +77,10 @@ def truncate_(masses: Tensor, top_k: int, top_p: float) -> None:
 
 
 class Sampler:
-    """Draws tokens under `sampling`; keeps one [B, V] buffer between calls."""
+    """Draws tokens under `sampling`."""
 
     def __init__(self, sampling: Sampling) -> None:
         self.sampling = sampling
-        self._buffer = torch.empty(0)
 
     def draw(self, logits: Tensor, uniforms: Tensor, unshaped: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Tokens [B] int64 and their log-probs [B] (float32, or float64 for float64 logits).
@@ -93,71 +92,75 @@ class Sampler:
         """
         s = self.sampling
         if s.temperature == 0:
-            return self._greedy(logits, logits if unshaped is None else unshaped)
-        masses = self.masses(logits)
-        blocks = _wide(masses.sum(-1))
+            return self._greedy(logits, unshaped)
+        masses = _softmax(logits, s.temperature)
+        blocks = _block_sums(masses)
         total = blocks.sum(-1)
         if s.top_k > 0 or s.top_p < 1:
-            truncate_(masses.flatten(1)[:, : logits.shape[-1]], s.top_k, s.top_p)
-            blocks = _wide(masses.sum(-1))
+            truncate_(masses, s.top_k, s.top_p)
+            blocks = _block_sums(masses)
         tokens, mass = _invert(masses, blocks, uniforms)
-        tokens.clamp_(max=logits.shape[-1] - 1)  # for logits that are not numbers: the log-prob tells
         if s.processed:
             return tokens, (mass.log() - blocks.sum(-1).log()).to(masses.dtype)
         if unshaped is None:
             return tokens, (mass.log() - total.log()).to(masses.dtype)
-        return tokens, self.logprobs(unshaped, tokens, s.temperature)
+        return tokens, _logprobs(unshaped, tokens, s.temperature)
 
-    def masses(self, logits: Tensor) -> Tensor:
-        """`exp(logits / temperature - max)` in blocks, [B, blocks, block]; overwritten by the next call."""
-        return self._exp(logits, self.sampling.temperature)
-
-    def logprobs(self, logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-        """Log-prob [B] of `tokens` [B] under the full softmax of `logits` [B, V] at `temperature`."""
-        masses = self._exp(logits, temperature).flatten(1)
-        total = _wide(masses).sum(-1)
-        # From the logits: the mass of an improbable token may have underflowed.
-        taken, top = logits.gather(1, tokens[:, None])[:, 0], logits.amax(-1)
-        return ((_wide(taken) - _wide(top)) / temperature - total.log()).to(masses.dtype)
-
-    def _greedy(self, logits: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    def _greedy(self, logits: Tensor, unshaped: Tensor | None) -> tuple[Tensor, Tensor]:
+        # In float32 first: the search in bfloat16 takes several times as long.
+        logits = logits.to(_working(logits))
         tokens = logits.argmax(-1)
         if self.sampling.processed:
-            return tokens, torch.zeros_like(tokens, dtype=_working(logits))
-        return tokens, self.logprobs(reference, tokens, 1.0)
+            return tokens, torch.zeros_like(tokens, dtype=logits.dtype)
+        if unshaped is not None:
+            return tokens, _logprobs(unshaped, tokens, 1.0)
+        masses = _softmax(logits, 1.0)
+        taken = _wide(masses.gather(1, tokens[:, None])[:, 0])
+        return tokens, (taken.log() - _block_sums(masses).sum(-1).log()).to(masses.dtype)
 
-    def _exp(self, logits: Tensor, temperature: float) -> Tensor:
-        b, vocab = logits.shape
-        width = -(-vocab // _BLOCK) * _BLOCK
-        dtype = _working(logits)
-        kept = self._buffer
-        if kept.dtype != dtype or kept.device != logits.device or kept.shape[0] < b or kept.shape[-1] != width:
-            # Zeros: the columns beyond V must not weigh anything.
-            self._buffer = torch.zeros(b, width, dtype=dtype, device=logits.device)
-        whole = self._buffer[:b]
-        x = whole[:, :vocab]
-        x.copy_(logits)
-        x.sub_(x.amax(-1, keepdim=True))
-        if temperature != 1:
-            x.div_(temperature)
-        x.exp_()
-        if width > vocab:
-            whole[:, vocab:].zero_()
-        return whole.view(b, -1, _BLOCK)
+
+def _softmax(logits: Tensor, temperature: float) -> Tensor:
+    """[B, V] in the working format; its sum is 1 up to rounding, which `_block_sums` takes account of."""
+    dtype = _working(logits)
+    if temperature != 1:
+        logits = logits.to(dtype) / temperature
+    return torch.softmax(logits, -1, dtype=dtype)
+
+
+def _logprobs(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+    """Log-prob [B] of `tokens` [B] under the softmax of `logits` [B, V] at `temperature`."""
+    masses = _softmax(logits, temperature)
+    # By way of the most probable token: the mass of an improbable one may have underflowed.
+    taken, top = logits.gather(1, tokens[:, None])[:, 0], logits.amax(-1)
+    highest = _wide(masses.amax(-1)).log() - _block_sums(masses).sum(-1).log()
+    return ((_wide(taken) - _wide(top)) / temperature + highest).to(masses.dtype)
+
+
+def _block_sums(masses: Tensor) -> Tensor:
+    """Sums [B, blocks] of `_BLOCK` neighbors each, the last of what is left over; wide."""
+    whole = masses.shape[-1] // _BLOCK * _BLOCK
+    sums = _wide(masses[:, :whole].view(len(masses), -1, _BLOCK).sum(-1)) if whole else _wide(masses[:, :0])
+    if whole == masses.shape[-1]:
+        return sums
+    return torch.cat((sums, _wide(masses[:, whole:].sum(-1, keepdim=True))), -1)
 
 
 def _invert(masses: Tensor, blocks: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Tokens [B] where the cumulative mass passes `uniforms`, and their masses [B] (wide)."""
     rows = torch.arange(len(masses), device=masses.device)
+    last = masses.shape[-1] - 1
     cumulative = blocks.cumsum(-1)
     target = uniforms.to(blocks.dtype) * cumulative[:, -1]
     block = _first_above(cumulative, target)
     rest = target - (cumulative[rows, block] - blocks[rows, block])
-    inner = _wide(masses[rows, block]).cumsum(-1)
+    tokens = block[:, None] * _BLOCK + torch.arange(_BLOCK, device=masses.device)
+    inside = masses.gather(1, tokens.clamp(max=last)).masked_fill_(tokens > last, 0.0)
+    inner = _wide(inside).cumsum(-1)
     # The block's own sum was rounded on its way: measure the remainder on the scale of `inner`.
     rest = rest / blocks[rows, block] * inner[:, -1]
     place = _first_above(inner, rest)
-    return block * masses.shape[-1] + place, _wide(masses[rows, block, place])
+    # Never beyond the vocabulary, even for logits that are not numbers: the log-prob tells.
+    return tokens[rows, place].clamp(max=last), _wide(inside[rows, place])
 
 
 def _first_above(cumulative: Tensor, target: Tensor) -> Tensor:

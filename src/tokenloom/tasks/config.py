@@ -9,7 +9,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 from tokenloom.tasks.names import unknown
 
-SOURCE_FORMS = "`reasoning_gym:<name>`, a path ending in `.jsonl`, or `hf:<dataset>`"
+SOURCE_FORMS = "`reasoning_gym:<name>`, a path ending in `.jsonl`, `hf:<dataset>`, or `corpus:<text file>`"
+_KINDS = ("reasoning_gym", "hf", "corpus")
 _FIELDS = ("prompt", "messages", "answer")
 
 
@@ -39,15 +40,15 @@ class RewardConfig(_Strict):
 def check_source(source: str) -> str:
     """The source itself; raises ValueError unless it has one of the known forms."""
     kind, colon, name = source.partition(":")
-    if source.lower().endswith((".jsonl", ".ndjson")) and kind not in ("reasoning_gym", "hf"):
+    if source.lower().endswith((".jsonl", ".ndjson")) and kind not in _KINDS:
         return source
-    if colon and kind in ("reasoning_gym", "hf"):
+    if colon and kind in _KINDS:
         if not name.strip():
             raise ValueError(f"source {source!r} names no data set after the colon; a source is {SOURCE_FORMS}")
         return source
     hint = ""
     if colon and re.fullmatch(r"\w[\w-]+", kind):
-        hint = " " + unknown("source kind", kind, ("reasoning_gym", "hf")) + "."
+        hint = " " + unknown("source kind", kind, _KINDS) + "."
     elif source.lower().endswith(".json"):
         hint = " One JSON object a line makes a `.jsonl` file."
     raise ValueError(f"source {source!r} is not understood.{hint} A source is {SOURCE_FORMS}")
@@ -71,7 +72,10 @@ FieldNames = Annotated[
 ]
 SourceParams = Annotated[
     dict[str, Any],
-    Field(description="reasoning_gym: parameters of the data set; hf: name, revision, data_dir, data_files"),
+    Field(
+        description="reasoning_gym: parameters of the data set; hf: name, revision, data_dir, data_files; "
+        "corpus: context, min_words, instruction, budget, decay, min_budget"
+    ),
 ]
 SplitName = Annotated[str, Field(description="hf: which split to read")]
 
@@ -84,6 +88,27 @@ class SourceConfig(_Strict):
     split: SplitName = "train"
     fields: FieldNames = Field(default_factory=dict)
     weight: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="share of `size` among several sources")
+
+
+class TierConfig(_Strict):
+    """From which tier of difficulty (an item's `tier`) prompts are drawn: `first` until `begin`, `last` from `end`."""
+
+    first: dict[str, float] = Field(description="share of each tier up to `begin`; they sum to 1")
+    last: dict[str, float] = Field(description="share of each tier from `end` on; linear in between")
+    begin: float = Field(default=0.3, description="fraction of the run at which the shares begin to move")
+    end: float = Field(default=0.7, description="fraction of the run at which they have moved")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        self.at(0.0)
+        return self
+
+    def at(self, progress: float) -> dict[str, float]:
+        """The share of each tier at `progress` in [0, 1] of the run."""
+        # Imported late: it brings PyTorch, which workers that only verify do without.
+        from tokenloom.methods.policy_optimization.rmt import tier_probabilities
+
+        return tier_probabilities(progress, self.first, self.last, begin=self.begin, end=self.end)
 
 
 class TaskConfig(_Strict):
@@ -99,6 +124,7 @@ class TaskConfig(_Strict):
     fields: FieldNames = Field(default_factory=dict)
     sources: list[SourceConfig] = Field(default_factory=list, description="several sources, mixed by weight")
     curriculum: bool = Field(default=False, description="open `sources` one after the other, easiest first")
+    tiers: TierConfig | None = Field(default=None, description="draw prompts by their tier of difficulty")
     size: Annotated[int, Field(ge=2)] | None = Field(
         default=None,
         description="distinct problems to draw; default 1000 for generated data, everything for files",
@@ -147,6 +173,8 @@ class TaskConfig(_Strict):
             raise ValueError("with `sources`, `params` and `fields` belong inside each entry of the list")
         if self.curriculum and len(self.sources) < 2:
             raise ValueError("curriculum: true needs at least two entries in `sources`, the easiest first")
+        if self.curriculum and self.tiers is not None:
+            raise ValueError("`curriculum` and `tiers` both say which prompts are drawn; keep one of them")
         if self.system is not None and not self.chat:
             raise ValueError("`system` needs chat: true; with chat: false prompts are plain text")
         if self.environment is None and self.environment_params:

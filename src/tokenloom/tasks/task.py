@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from tokenloom.tasks.config import SourceConfig, TaskConfig
 from tokenloom.tasks.environment import Environment
 from tokenloom.tasks.item import Item
-from tokenloom.tasks.sources import gym, hf, jsonl
+from tokenloom.tasks.sources import corpus, gym, hf, jsonl
 from tokenloom.tasks.split import Split, split_given, split_items
 
 EnvironmentFactory = Callable[[], Environment]
@@ -53,6 +53,8 @@ def check_task(config: TaskConfig) -> None:
             gym.check(name, source.params)
         elif kind == "hf":
             hf.check(name, source.params)
+        elif kind == "corpus":
+            corpus.check(name, source.params)
         else:
             jsonl.check(source.source)
             if source.params:
@@ -99,6 +101,8 @@ def _draw(source: SourceConfig, size: int | None, seed: int) -> tuple[list[Item]
         return gym.draw(name, source.params, seed=seed, size=size or gym.DEFAULT_SIZE)
     if kind == "hf":
         items = hf.read(name, source.params, source.split, source.fields)
+    elif kind == "corpus":
+        items = corpus.read(name, source.params)
     else:
         items = jsonl.read(source.source, source.fields)
     # By key, so that the sample does not depend on the order of the file; every copy of a chosen

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Tracker = Literal["tensorboard", "trackio", "wandb"]
+States = Literal["float32", "bfloat16", "int8"]
 
 
 class EarlyStop(BaseModel):
@@ -46,6 +47,11 @@ class TrainConfig(BaseModel):
     betas: tuple[Decay, Decay] = Field((0.9, 0.999), description="AdamW's decay of first and second moments.")
     adam_eps: float = Field(1e-8, gt=0, allow_inf_nan=False, description="AdamW's epsilon.")
     weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False, description="AdamW's decoupled weight decay.")
+    optimizer_states: States = Field(
+        "float32",
+        description="Format of AdamW's two moments: 8, 4 or 2 bytes a weight. bfloat16 is rounded stochastically; int8 "
+        "needs bitsandbytes (the extra `lowmem`) and is slow on a CPU.",
+    )
     max_grad_norm: float | None = Field(
         1.0, gt=0, allow_inf_nan=False, description="Clip the gradient to this norm; null: never."
     )

@@ -1,11 +1,14 @@
 """What a run will take, before any weights are loaded: memory from shapes, time from a measured rate.
 
-Bytes that the backward keeps for one token in one layer of a gated decoder, read off the graph of `transformers`'
-Llama (D width, F inner width, Q and K widths of queries and keys, r bytes of the residual stream, a of products):
+Memory is what the largest phase holds: sampling, the first micro-batch of an update (whose gradients come as its
+activations go), or a later one (on top of all gradients). Bytes that the backward keeps for one token in one layer of
+a gated decoder, read off the graph of `transformers`' Llama (D width, F inner width, Q width of the queries, to which
+keys and values are repeated; r bytes of the residual stream, a of products):
 
     4 r D  (two norms)  +  n a D  (inputs of products, n = 5 under autocast, else 2)  +  4 a F  (gate, up, act, product)
-    +  2 a (Q + K)  (attention)
+    +  4 a Q  (attention: query, key, value, result)
 
+Not covered: verifiers (processes of their own), what writing a checkpoint copies, GPU libraries, chunk signals.
 Operations are counted as 2 per weight and token, three times that with a backward, four with recomputation.
 """
 
@@ -28,6 +31,12 @@ LIBRARIES = 0.45e9
 EFFICIENCY = 0.5
 """Share of the rate of bare matrix products that a model reaches with all that stands between them."""
 UNKNOWN_PROMPT = 128
+MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0 + 4 / 256}
+"""Of one number of one moment; int8 has a float32 scale for every 256."""
+HEAD_TILE = 3.2e7
+"""Bytes of logits that exist at once."""
+FRAGMENTS = 0.25
+"""What the C library holds back on a CPU, as a share of a micro-batch's activations; measured with glibc 2.36."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +90,14 @@ def estimate(recipe: Recipe, task: Task | None = None) -> Estimate:
     length = prompt + rollout.max_tokens
     settings = {k: h.default for k, h in algorithm.updates.part.hyperparameters.items()} | algorithm.updates.params
     epochs, parts = int(settings.get("epochs", 1)), int(settings.get("mini_batches", 1))
-    micro_rows = max(1, min(-(-rows // parts), train.micro_batch_tokens // length))
-    micro_batches = -(-rows // (parts * micro_rows)) * parts * epochs
+    micro = micro_batch_sizes(recipe, prompt, -(-rollout.prompts_per_step // parts))
+    nodes = sum(micro_batch_sizes(recipe, prompt, rollout.prompts_per_step))
 
-    memory, peak, phase = _memory(recipe, shape, needs, rows, length, micro_rows, micro_batches > parts * epochs)
+    memory, peak, phase = _memory(recipe, shape, needs, rows, length, micro)
     rate = matmul_rate(torch.bfloat16 if _product_bytes(recipe) == 2 else torch.float32, shape.hidden, shape.inner)
     speed = rate * EFFICIENCY
     decode = _decode_seconds(recipe, shape, rows, speed)
-    step = decode + _train_seconds(recipe, shape, needs, rows, length, epochs, speed)
+    step = decode + _train_seconds(recipe, shape, needs, rows, nodes, epochs, speed)
     held_out = 0 if task is None else len(task.heldout[: train.eval.problems])
     evaluations = _evaluation_responses(recipe, held_out)
     evaluation = decode / rows * sum(evaluations)
@@ -105,7 +114,7 @@ def estimate(recipe: Recipe, task: Task | None = None) -> Estimate:
         responses=rows * train.steps,
         tokens=rows * train.steps * rollout.max_tokens,
         updates=parts * epochs,
-        micro_batches=micro_batches,
+        micro_batches=len(micro) * parts * epochs,
         needs=needs,
         assumptions=[
             prompt_note,
@@ -150,6 +159,28 @@ def model_shape(recipe: Recipe, source: str) -> Shape:
     )
 
 
+def micro_batch_sizes(recipe: Recipe, prompt: int, groups: int) -> list[int]:
+    """Computed tokens of each micro-batch of an update of `groups` prompts.
+
+    Where prefixes are shared, a micro-batch computes a prompt once for all of its responses that it holds. The last
+    token of a response is predicted, and predicts nothing.
+    """
+    budget, size, answer = recipe.train.micro_batch_tokens, recipe.rollout.group_size, recipe.rollout.max_tokens - 1
+    if not recipe.model.share_prefixes:
+        row = prompt + answer
+        return [n * row for n in _dealt(groups * size, budget // row)]
+    group = prompt + size * answer
+    if group <= budget:
+        return [n * group for n in _dealt(groups, budget // group)]
+    return [prompt + n * answer for n in _dealt(size, (budget - prompt) // max(answer, 1))] * groups
+
+
+def _dealt(total: int, most: int) -> list[int]:
+    """`total` in parts of `most` (at least 1), the last one being what is left."""
+    most = max(most, 1)
+    return [most] * (total // most) + [total % most] * (total % most > 0)
+
+
 def matmul_rate(dtype: torch.dtype, hidden: int = 1024, inner: int = 4096, *, seconds: float = 0.3) -> float:
     """Operations a second of a [512, hidden] x [hidden, inner] product on the device that would train.
 
@@ -187,51 +218,60 @@ def _product_bytes(recipe: Recipe) -> int:
 
 
 def _memory(
-    recipe: Recipe, s: Shape, needs: list[str], rows: int, length: int, micro_rows: int, several: bool
+    recipe: Recipe, s: Shape, needs: list[str], rows: int, length: int, micro: list[int]
 ) -> tuple[dict[str, float], float, str]:
+    """What holds how much, the peak, and the phase in which it comes; `micro` as `micro_batch_sizes` gives it."""
     weight, product = (2 if recipe.model.dtype == "bfloat16" else 4), _product_bytes(recipe)
-    autocast = recipe.model.autocast == "bf16" and weight == 4
-    layer = (
-        4 * weight * s.hidden
-        + (5 if autocast else 2) * product * s.hidden
-        + 4 * product * s.inner
-        + 2 * product * (s.queries + s.keys)
-    )
-    tokens = micro_rows * length
-    kept = tokens * s.layers * layer
-    if recipe.model.gradient_checkpointing:
-        kept = tokens * (s.layers * weight * s.hidden + layer)
-    chunk = recipe.model.chunk_rows or max(16, 2**24 // s.vocabulary)
-    passes = 3 if "entropies" in needs else 2
+    autocast, lora = product < weight, recipe.model.lora is not None
+    together, states = recipe.rollout.max_rows or rows, recipe.train.optimizer_states
+    embedding = s.vocabulary * s.hidden
     # Without a share of the base model, the reference is a copy of it.
-    reference = s.weights * weight if recipe.model.lora is None and any(n.startswith("ref_") for n in needs) else 0
-    gradients, casts = s.trained * weight, s.trunk * 2 if autocast else 0
-    head = min(chunk, micro_rows * recipe.rollout.max_tokens) * s.vocabulary * 4 * passes
-    head += s.vocabulary * s.hidden * 4 if recipe.model.lora is None else 0
-    together = recipe.rollout.max_rows or rows
+    copied = not lora and any(n.startswith("ref_") for n in needs)
     held = {
         "Python and libraries": LIBRARIES,
-        "weights": float(s.weights * weight),
-        "reference model": float(reference),
-        "optimizer, two moments": 2.0 * gradients,
+        "weights": s.weights * weight,
+        "reference model": s.weights * weight * copied,
+        f"optimizer, two moments in {states}": 2 * s.trained * MOMENT_BYTES[states],
     }
     sampling = {
-        "key/value cache of the rollout": 2.0 * together * length * s.layers * s.keys * product,
-        "logits of one decoding step": 4.0 * together * s.vocabulary * 4,
-        "weights in bf16": float(casts),
+        "key/value cache of the rollout": 2 * together * length * s.layers * s.keys * product,
+        "logits of one decoding step": 4 * together * s.vocabulary * 4,
+        "weights in bf16 while sampling": 2 * (s.trunk + embedding) * autocast,
     }
-    updating = {
-        "gradients": float(gradients),
-        "activations of a micro-batch": float(kept),
-        "head, one chunk": float(head),
-        "weights in bf16": float(casts),
+    token = _kept_bytes(recipe, s)
+    casts = 2 * s.trunk * autocast / (s.layers if recipe.model.gradient_checkpointing else 1)
+    # The head's gradient waits for the embedding's, which is as large.
+    embedded = 0 if lora else 4 * embedding
+    gradients = s.trained * weight
+
+    def forward_and_back(tokens: int) -> float:
+        return tokens * token * (1 + FRAGMENTS) + casts + HEAD_TILE + embedded
+
+    # Gradients come as activations go; from the second micro-batch on they are all there.
+    updating = max(forward_and_back(micro[0]), gradients + embedded)
+    if len(micro) > 1:
+        updating = max(updating, gradients + forward_and_back(micro[1]), gradients + 2 * embedded)
+    shown = {
+        "gradients": gradients,
+        f"activations of {max(micro)} tokens": max(micro) * token,
+        "weights in bf16 while updating": casts,
+        "head and embedding": HEAD_TILE + embedded,
+        "held back by the C library": max(micro) * token * FRAGMENTS,
     }
-    # With a single micro-batch, activations go as gradients come.
-    saved = 0.0 if several else min(kept, gradients)
-    phases = {"sampling": sum(sampling.values()), "updating": sum(updating.values()) - saved}
+    phases = {"sampling": float(sum(sampling.values())), "updating": updating}
     phase = max(phases, key=lambda k: phases[k])
-    total = sum(held.values()) + phases[phase]
-    return {k: v for k, v in (held | sampling | updating).items() if v}, total, phase
+    memory = {k: float(v) for k, v in (held | sampling | shown).items() if v}
+    return memory, sum(held.values()) + phases[phase], phase
+
+
+def _kept_bytes(recipe: Recipe, s: Shape) -> float:
+    """What the backward keeps for one token, all layers together; see the module's docstring."""
+    weight, product = (2 if recipe.model.dtype == "bfloat16" else 4), _product_bytes(recipe)
+    inputs = 5 if product < weight else 2
+    layer = (4 * weight + inputs * product) * s.hidden + 4 * product * (s.inner + s.queries)
+    if recipe.model.gradient_checkpointing:
+        return s.layers * weight * s.hidden + layer
+    return s.layers * layer
 
 
 def _decode_seconds(recipe: Recipe, s: Shape, rows: int, speed: float) -> float:
@@ -241,15 +281,15 @@ def _decode_seconds(recipe: Recipe, s: Shape, rows: int, speed: float) -> float:
 
 
 def _train_seconds(
-    recipe: Recipe, s: Shape, needs: list[str], rows: int, length: int, epochs: int, speed: float
+    recipe: Recipe, s: Shape, needs: list[str], rows: int, nodes: int, epochs: int, speed: float
 ) -> float:
-    answers = recipe.rollout.max_tokens
-    forward = 2 * rows * (length * s.trunk + answers * s.vocabulary * s.hidden)
+    """An update of `rows` responses that take `nodes` computed tokens."""
+    head = 2 * rows * recipe.rollout.max_tokens * s.vocabulary * s.hidden
+    forward = 2 * nodes * s.trunk + head
     with_backward = 4 if recipe.model.gradient_checkpointing else 3
-    # The head is computed again in its backward.
-    again = 2 * rows * answers * s.vocabulary * s.hidden
     extra = sum(any(n.startswith(kind) for n in needs) for kind in ("old_", "ref_"))
-    return (epochs * (with_backward * forward + again) + extra * forward) / speed
+    # The head is computed again in its backward.
+    return (epochs * (with_backward * forward + head) + extra * forward) / speed
 
 
 def _evaluation_responses(recipe: Recipe, problems: int) -> list[int]:

@@ -23,10 +23,12 @@ from tokenloom.plan import Metrics, Plan, Update
 from tokenloom.policy import Policy
 from tokenloom.signals import Signals
 from tokenloom.tasks import Task, Verifier
+from tokenloom.tasks.sources.corpus import shown
 from tokenloom.train import checkpoint
 from tokenloom.train.collect import Collected, Collector
+from tokenloom.train.corpus import CorpusStream
 from tokenloom.train.data import PromptStream, derive
-from tokenloom.train.dump import save_bad_batch, token_lines
+from tokenloom.train.dump import cut, save_bad_batch, token_lines
 from tokenloom.train.errors import TrainingDiverged
 from tokenloom.train.evaluate import Evaluation, evaluate
 from tokenloom.train.events import Observer
@@ -64,7 +66,9 @@ class Trainer:
         self.observer = observer
         self.algorithm = recipe.build_algorithm()
         self.optimizer = Optimizer(policy.trainable_parameters(), recipe.train)
-        self.stream = PromptStream(task, recipe.train.seed)
+        self.stream = PromptStream(task, recipe.train.seed, recipe.task.tiers)
+        text = recipe.corpus
+        self.corpus = None if text is None else CorpusStream(text, policy.tokenizer, recipe.train.seed)
         rollout = recipe.rollout
         responder = partial(
             Responder,
@@ -87,7 +91,7 @@ class Trainer:
         self.stopped = False
         self.before: Evaluation | None = None
         self.after: Evaluation | None = None
-        policy.prepare(sorted(self.algorithm.needs | self.algorithm.loss_needs))
+        policy.prepare(sorted(self.algorithm.needs | self.algorithm.loss_needs | self.algorithm.corpus_needs))
 
     # -- the run ------------------------------------------------------------------------------------
 
@@ -138,6 +142,7 @@ class Trainer:
         signals = policy.signals(rollouts, sorted(algorithm.needs)) if algorithm.needs else Signals()
         plan = algorithm.plan(rollouts, signals, self.state, step=step, total_steps=total, generator=generator)
         self._dump(collected, plan, step)
+        text = None if self.corpus is None else self.corpus.draw(step, collected.items)
 
         metrics = Metrics()
         norms: list[float] = []
@@ -146,7 +151,7 @@ class Trainer:
             if algorithm.needs_refresh:
                 seen = policy.signals(rollouts.rows(update.rows), sorted(algorithm.loss_needs), given=update.given)
                 update = algorithm.refresh(update, seen, generator)
-            finite = True
+            finite, batch, live = True, update, Signals()
             for rows in self._micro_batches(rollouts, update):
                 batch = update[rows]
                 # Only tokens that can have an effect reach the model's head, and nothing behind the last of them.
@@ -158,12 +163,16 @@ class Trainer:
                     break
                 policy.backward(loss)
                 metrics.merge([measured])
+            if text is not None and finite:
+                finite = self._read(text, step, metrics)
             norm = self.optimizer.step(step) if finite else None
             if norm is None:
                 self.optimizer.clear()
                 skipped += 1
                 folder = self.run.path / "bad" / f"step-{step + 1:06d}-update-{number + 1}"
                 save_bad_batch(folder, rollouts, live, plan, batch.rows)
+                if text is not None:
+                    text.save(folder / "corpus")
                 self._skipped(step, folder, "gradient" if finite else "loss")
             else:
                 norms.append(norm)
@@ -183,6 +192,20 @@ class Trainer:
         self.run.append("timing.jsonl", timing)
         self.observer.step(record, timing, total)
         self._count_bad(bool(skipped))
+
+    def _read(self, text: Rollouts, step: int, metrics: Metrics) -> bool:
+        """Add the gradient of the terms over a corpus to the update's; False where their loss is no number."""
+        needs, total = sorted(self.algorithm.corpus_needs), self.recipe.train.steps
+        acting = text.mask.any(-1).nonzero().reshape(-1)
+        for part in self.policy.micro_batches(text.rows(acting), self.recipe.train.micro_batch_tokens):
+            rows = acting[part]
+            signals = self.policy.signals(text.rows(rows), needs, grad=True)
+            loss, measured = self.algorithm.corpus_loss(signals, text, rows, step=step, total_steps=total)
+            if not math.isfinite(float(loss.detach())):
+                return False
+            self.policy.backward(loss)
+            metrics.merge([measured])
+        return True
 
     def _generator(self, step: int) -> torch.Generator:
         """What the parts of a step draw from."""
@@ -235,7 +258,8 @@ class Trainer:
 
     def _evaluate(self, step: int, samples: int | None) -> Evaluation:
         config = self.recipe.train.eval
-        items = self.task.heldout[: config.problems]
+        # At the last budget, so that evaluations of one run compare.
+        items = [shown(item, 1.0) for item in self.task.heldout[: config.problems]]
         with self._diagnosed(f"evaluation after step {step}"):
             result = evaluate(
                 self.examiner,
@@ -277,7 +301,7 @@ class Trainer:
         if every and (step % every == 0 or step + 1 == self.recipe.train.steps):
             lines = token_lines(
                 collected, plan, self.algorithm, self.policy, self.recipe.log.tokens_rows, self.state,
-                step=step, total_steps=self.recipe.train.steps, generator=self._generator(step),
+                step=step, total_steps=self.recipe.train.steps, generator=self._generator(step), run=self.run.path,
             )  # fmt: skip
             for line in lines:
                 self.run.append("tokens.jsonl", line)
@@ -360,6 +384,7 @@ class Trainer:
     def restore(self) -> int:
         """Continue from the newest whole checkpoint; returns its step (0 without one)."""
         found = checkpoint.load_newest(self.run.path / "checkpoints")
+        cut(self.run.path, found.step if found else 0)
         if found is None:
             self.run.cut({})
             return 0

@@ -21,6 +21,7 @@ from tokenloom.rollout.config import RolloutConfig
 from tokenloom.tasks.config import TaskConfig
 from tokenloom.tasks.task import check_task
 from tokenloom.train.config import LogConfig, TrainConfig
+from tokenloom.train.corpus import CorpusConfig, check_corpus
 from tokenloom.train.errors import RecipeError, explain
 from tokenloom.train.plain import plain, read_yaml, write_yaml
 
@@ -37,6 +38,7 @@ class Recipe(BaseModel):
     algorithm: str | dict[str, Any] = Field(
         ..., description="A preset's name, or a mapping with `preset`, its parameters, and stages to change."
     )
+    corpus: CorpusConfig | None = Field(None, description="Plain text for the algorithm's terms over a corpus.")
     rollout: RolloutConfig = Field(default_factory=lambda: RolloutConfig())
     train: TrainConfig = Field(default_factory=lambda: TrainConfig())
     log: LogConfig = Field(default_factory=lambda: LogConfig())
@@ -59,6 +61,7 @@ class Recipe(BaseModel):
         if "old_values" in algorithm.needs or "values" in algorithm.loss_needs:
             # The algorithm asks for a critic, so it gets one; the resolved recipe says so.
             self.model.value_head = self.model.value_head or ValueHeadSection()
+        self._has_its_text(algorithm)
         groups, size = self.rollout.prompts_per_step, self.rollout.group_size
         if size == 1 and algorithm.advantage.part.scope == "group":
             raise ValueError(
@@ -79,6 +82,16 @@ class Recipe(BaseModel):
         if self.task.environment and algorithm.refill:
             raise ValueError("a multi-turn task cannot be combined with an algorithm that resamples groups")
         return self
+
+    def _has_its_text(self, algorithm: Algorithm) -> None:
+        if algorithm.corpus and self.corpus is None:
+            names = ", ".join(repr(term.part.part.name) for term in algorithm.corpus)
+            raise ValueError(
+                f"the algorithm has terms over a corpus ({names}), but the recipe names no text for them; "
+                "add corpus.path=FILE.txt, or drop the terms with algorithm.corpus=null"
+            )
+        if self.corpus is not None and not algorithm.corpus:
+            raise ValueError("the recipe has a corpus, but the algorithm no terms over one; drop it with corpus=null")
 
     def _can_stop_early(self) -> None:
         stop, evaluation = self.train.early_stop, self.train.eval
@@ -131,6 +144,7 @@ def build_recipe(data: Mapping[str, Any], source: str = "recipe", *, check_files
         recipe = Recipe.model_validate_json(json.dumps(plain(data, source)), strict=True)
         if check_files:
             check_task(recipe.task)
+            _check_text(recipe.corpus, source)
     except RecipeError:
         raise
     except ValidationError as error:
@@ -138,6 +152,15 @@ def build_recipe(data: Mapping[str, Any], source: str = "recipe", *, check_files
     except ValueError as error:
         raise RecipeError(f"{source}: task: {error}") from error
     return recipe
+
+
+def _check_text(corpus: CorpusConfig | None, source: str) -> None:
+    if corpus is None:
+        return
+    try:
+        check_corpus(corpus)
+    except ValueError as error:
+        raise RecipeError(f"{source}: corpus.path: {error}") from error
 
 
 def recipe_names() -> dict[str, str]:

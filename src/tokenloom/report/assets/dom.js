@@ -31,7 +31,7 @@ function section(id, title, note, ...children) {
 
 function select(label, name, options, value, onchange) {
   const box = el('select', { name, change: () => onchange(box.value) },
-    options.map(([key, text]) => el('option', { value: key }, text)));
+    options.map(([key, text, off]) => el('option', { value: key, disabled: Boolean(off), title: off || null }, off ? `${text} (not stored)` : text)));
   box.value = value;
   return el('label', { class: 'field' }, el('span', {}, label), box);
 }
@@ -115,7 +115,7 @@ function plural(count, word) {
   return `${count.toLocaleString('en')} ${word}${count === 1 ? '' : 's'}`;
 }
 
-// The state that a link can carry, kept in the URL after #: step, row, quantity, token, sort, reward, scale, outcome.
+// The state that a link can carry, kept in the URL after #: step, prompt, row, quantity, token, algorithm, theme, ...
 const state = {
   values: new Map(),
   read() {

@@ -1,0 +1,49 @@
+"""Peak memory of Tokenloom's GRPO step by what can be traded for it: moments, micro-batches, recomputation.
+
+4 prompts × 8 responses of 60 + 32 tokens, and 512 + 32; bf16 autocast over float32 weights. Every configuration runs
+in processes of its own, two steps each: the first one is no measure, since moments may appear only then.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bench.grpo_step import SHAPES, SMALL
+from bench.harness import PEAK, SECONDS, Row, Side, Table, main
+from bench.inputs import SMOLLM2
+
+STATES = {"float32": (), "bfloat16": (), "int8": ("bitsandbytes",)}
+"""Formats of the moments, with the packages that they need."""
+
+
+def rows(quick: bool) -> list[Row]:
+    """The defaults, then one thing changed at a time, then what saves most together."""
+    if quick:
+        return [_row("random-1024", SMALL, states="bfloat16")]
+    short, long = SHAPES["(1) short"], SHAPES["(2) long prompts"]
+    made = [_row(SMOLLM2, short, states=states) for states in STATES]
+    made += [_row(SMOLLM2, short, states="bfloat16", micro=micro) for micro in (256, 512)]
+    made += [_row(SMOLLM2, short, states=states, recompute=True) for states in STATES]
+    return [*made, *(_row(SMOLLM2, long, states="bfloat16", recompute=recompute) for recompute in (False, True))]
+
+
+def _row(model: str, shape: dict[str, int], *, states: str, micro: int = 1024, recompute: bool = False) -> Row:
+    settings: dict[str, Any] = {
+        "model": model,
+        **shape,
+        "precision": "bf16",
+        "warm_up": True,
+        "gradient_checkpointing": recompute,
+        "train": {"optimizer_states": states, "micro_batch_tokens": micro},
+    }
+    label = f"{shape['prompt_tokens']} + {shape['new_tokens']} tokens; moments in {states}; {micro} tokens at once"
+    label += "; layers recomputed" if recompute else ""
+    install = "install it with: pip install 'tokenloom[lowmem]'"
+    side = Side("Tokenloom", "bench.grpo_step:tokenloom", settings, ("tokenloom", *STATES[states]), install)
+    return Row(label, (side,), runs=2, fresh=True)
+
+
+TABLE = Table("memory", "Peak memory of a step", rows, (PEAK, SECONDS))
+
+if __name__ == "__main__":
+    main(TABLE)

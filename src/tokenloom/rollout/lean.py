@@ -1,0 +1,237 @@
+"""Lean forms of a decoder's modules: the same functions in fewer steps, for decoding without gradients.
+
+One token through a layer of a small model is some hundred microseconds of arithmetic, and as much again goes into
+calling its pieces. A form stands in for the `forward` of one module while a rollout lasts: an RMS norm becomes one
+call; a gated MLP and attention with rotary positions take one product where Hugging Face's code takes two or three.
+
+A form is only used where it reproduced what its module did in a short forward of the model itself. Modules that no
+form fits, or whose code changes some day, stay as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from tokenloom.policy.own_logits import run_trunk, trunk_of
+from tokenloom.rollout.attention import attend
+from tokenloom.rollout.products import kernel_dtype, product, products
+
+Form = Callable[..., Any]
+Make = Callable[[Any], Form]
+# Scores of a head up to which attention is two products; more, as in a long prefill, are left to a fused kernel.
+_FEW = 4096
+_PROBE = 6
+_fitting: WeakKeyDictionary[nn.Module, list[tuple[nn.Module, Make]]] = WeakKeyDictionary()
+
+
+@contextmanager
+def lean_modules(causal: Any) -> Iterator[bool]:
+    """While it lasts, `causal` runs on lean forms where they fit, and on `product` in all other linear layers.
+
+    Yields whether all of its attention is lean. The caller holds `contexts.sampling_mode`; weights must not change.
+    On other devices than the CPU nothing is replaced.
+    """
+    if next(causal.parameters()).device.type != "cpu":
+        yield False
+        return
+    if causal not in _fitting:
+        _fitting[causal] = _forms_that_fit(causal)
+    with ExitStack() as stack:
+        covered: set[nn.Module] = set()
+        # What fitted may have been changed since: another number format, other attention.
+        forms = [(module, make) for module, make in _fitting[causal] if make in _candidates(module)]
+        for module, make in forms:
+            stack.enter_context(_replaced(module, make(module)))
+            covered.update(module.children())
+        for module in causal.modules():
+            if module not in covered and kernel_dtype([module]) is not None:
+                stack.enter_context(_replaced(module, product([module])))
+        attentions = sum(make is _attention for _, make in forms)
+        yield attentions == causal.config.get_text_config(decoder=True).num_hidden_layers
+
+
+@contextmanager
+def _replaced(module: nn.Module, form: Form) -> Iterator[None]:
+    before = module.__dict__.get("forward")
+    module.__dict__["forward"] = form
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = before
+
+
+# -- the forms --------------------------------------------------------------------------------------
+
+
+def _rms_norm(module: Any) -> Form:
+    weight, shape, eps = module.weight, tuple(module.weight.shape), _eps(module)
+    return lambda x: nn.functional.rms_norm(x, shape, weight, eps)
+
+
+def _shifted_rms_norm(module: Any) -> Form:
+    """Gemma's, whose weight is what is to be added to 1."""
+    weight, shape, eps = 1.0 + module.weight.float(), tuple(module.weight.shape), _eps(module)
+    return lambda x: nn.functional.rms_norm(x.float(), shape, weight, eps).to(x.dtype)
+
+
+def _gated_mlp(module: Any) -> Form:
+    inner, down = products([module.gate_proj, module.up_proj]), product([module.down_proj])
+    activation = module.act_fn
+
+    def forward(x: Tensor) -> Tensor:
+        gate, up = inner(x)
+        return down(activation(gate).mul_(up))
+
+    return forward
+
+
+def _attention(module: Any) -> Form:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    from tokenloom.rollout.cache import MaskedLayer
+
+    inner, outer = product([module.q_proj, module.k_proj, module.v_proj]), product([module.o_proj])
+    size, scaling, number, shared = module.head_dim, module.scaling, module.layer_idx, module.num_key_value_groups
+    q_norm, k_norm = getattr(module, "q_norm", None), getattr(module, "k_norm", None)
+
+    def forward(
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        cache: Any = None,
+        past_key_values: Any = None,
+        **_: Any,
+    ) -> tuple[Tensor, None]:
+        b, n, _width = hidden_states.shape
+        heads = inner(hidden_states).view(b, n, -1, size)
+        groups = heads.shape[2] // (shared + 2)
+        both, value = heads[:, :, :-groups], heads[:, :, -groups:]
+        if q_norm is not None and k_norm is not None:
+            both = torch.cat((q_norm(both[:, :, :-groups]), k_norm(both[:, :, -groups:])), 2)
+        both = _turned(both, position_embeddings)
+        query, key = both[:, :, :-groups], both[:, :, -groups:]
+        cache = past_key_values if cache is None else cache
+        layer = None if cache is None else cache.layers[number]
+        if isinstance(layer, MaskedLayer) and attention_mask is not None:
+            keys, values = layer.write(key, value)
+            if n == 1 or n * keys.shape[-1] <= _FEW:
+                return outer(attend(query, keys, values, attention_mask, scaling)), None
+            key, value = (x.view(b, groups, *x.shape[1:]) for x in (keys.transpose(-1, -2), values))
+        else:
+            key, value = key.transpose(1, 2), value.transpose(1, 2)
+            if cache is not None:
+                key, value = cache.update(key, value, number)
+        mixed, _none = sdpa_attention_forward(
+            module, query.transpose(1, 2), key, value, attention_mask, scaling=scaling
+        )
+        return outer(mixed.reshape(b, n, -1)), None
+
+    return forward
+
+
+def _turned(x: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    """x [B, n, heads, D] at its rotary positions, the two halves of a head being the coordinates of each plane."""
+    if not isinstance(position_embeddings, _Angles):
+        position_embeddings = _Angles(position_embeddings)
+    across = x.roll(x.shape[-1] // 2, -1)
+    return torch.addcmul(x * position_embeddings.cos, across, position_embeddings.sin)
+
+
+class _Angles(tuple[Tensor, Tensor]):
+    """Cosines and sines [B, n, D] with what `_turned` makes of them, the same for all layers."""
+
+    def __init__(self, pair: tuple[Tensor, Tensor]) -> None:
+        cos, sin = pair
+        half = sin.shape[-1] // 2
+        self.cos = cos[:, :, None]
+        self.sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)[:, :, None]
+
+
+def _angles(module: Any) -> Form:
+    forward = module.forward
+    return lambda *args, **kwargs: _Angles(forward(*args, **kwargs))
+
+
+def _block(module: Any) -> Form:
+    """A layer of attention and MLP, each behind a norm and added to its input."""
+    attention, mlp = module.self_attn, module.mlp
+    first, second = module.input_layernorm, module.post_attention_layernorm
+
+    def forward(hidden_states: Tensor, **kwargs: Any) -> Tensor:
+        mixed, _weights = attention(hidden_states=first(hidden_states), **kwargs)
+        hidden_states = hidden_states + mixed
+        changed: Tensor = mlp(second(hidden_states))
+        return hidden_states + changed
+
+    return forward
+
+
+# -- which fit --------------------------------------------------------------------------------------
+
+
+def _forms_that_fit(causal: Any) -> list[tuple[nn.Module, Make]]:
+    """Modules with a form that gives what they give in a forward of a few tokens."""
+    trunk = trunk_of(causal)
+    calls: dict[nn.Module, tuple[Any, Any, Any]] = {}
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        calls[module] = (args, kwargs, output)
+
+    ids = torch.arange(2 * _PROBE).remainder(causal.config.get_text_config(decoder=True).vocab_size).view(2, _PROBE)
+    mask = torch.ones_like(ids)
+    mask[0, -1] = 0  # so that attention is given a mask
+    with ExitStack() as stack:
+        for module in trunk.modules():
+            if _candidates(module):
+                stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        run_trunk(trunk, ids, mask=mask)
+        found = []
+        for module, call in calls.items():
+            makes = [make for make in _candidates(module) if _fits(make(module), *call)]
+            found += [(module, make) for make in makes[:1]]
+        return found
+
+
+def _candidates(module: Any) -> list[Make]:
+    """The forms that a module's parts suggest."""
+    children, parameters = set(module._modules), set(module._parameters)
+    if not children and parameters == {"weight"} and _eps(module) is not None:
+        # Hugging Face's RMS norms compute in float32 even in a float64 model; that is left to them.
+        return [] if module.weight.dtype == torch.float64 else [_rms_norm, _shifted_rms_norm]
+    if children - {"act_fn"} == {"gate_proj", "up_proj", "down_proj"} and not parameters:
+        return [_gated_mlp] if hasattr(module, "act_fn") else []
+    if children - {"q_norm", "k_norm"} == {"q_proj", "k_proj", "v_proj", "o_proj"} and not parameters:
+        kind = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        plain = kind == "sdpa" and getattr(module, "attn_logit_softcapping", None) is None
+        return [_attention] if plain and hasattr(module, "scaling") and hasattr(module, "head_dim") else []
+    if children == {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"} and not parameters:
+        return [_block]
+    return [_angles] if any(name.endswith("inv_freq") for name in module._buffers) and not parameters else []
+
+
+def _eps(module: Any) -> float | None:
+    found = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return found if isinstance(found, float) else None
+
+
+def _fits(form: Form, args: Any, kwargs: Any, output: Any) -> bool:
+    try:
+        ours = form(*args, **kwargs)
+    except (TypeError, RuntimeError, AttributeError, ValueError):
+        return False  # made for other arguments, or other shapes
+    ours, theirs = (x[0] if isinstance(x, tuple) else x for x in (ours, output))
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return False
+    # Sums of some thousand terms in another order; a form of another function is off by the size of its output.
+    tolerance = 1e-4 if theirs.dtype in (torch.float32, torch.float64) else 0.05
+    return bool((ours - theirs).abs().max() <= tolerance * theirs.abs().max())
