@@ -11,6 +11,7 @@ Backward: with p the softmax, every logit's gradient is p_v (a + b log p_v), plu
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -67,6 +68,11 @@ class Chunked:
         """How the logits are cut into tiles."""
         return Grid.fitting(len(self.hidden), len(self.weight), self.hidden.device, chunk)
 
+    @cached_property
+    def factors(self) -> Tensor:
+        """Hidden states in the format of the products."""
+        return self.hidden.to(self.form.product)
+
     def sums(self, rows: Tensor, tokens: Tensor, *, need_entropy: bool, top_k: int) -> Sums:
         """The forward; `rows`, `tokens` [N] name the targets' logits."""
         m = self._column(torch.finfo(self.form.math).min)
@@ -112,19 +118,19 @@ class Chunked:
         weight = new(self.weight) if needed[1] else None
         bias = new(self.bias) if self.bias is not None and needed[2] else None
         # A sum over rows that would be rounded at every tile is taken over all rows at once, by the product itself.
-        at_once = not (self.weight.dtype == product == math)
-        factors = self.hidden.to(product)
+        given = (self.weight,) if self.bias is None else (self.weight, self.bias)
+        at_once = product != math or any(x.dtype != math for x in given)
         places = Places(self.grid, rows, tokens)
         ordered = values[places.order]
         for tile in self.tiles(places):
             words, here = tile.words, tile.rows
-            strip = factors if at_once else tile.hidden
+            strip = self.factors if at_once else tile.hidden
             slopes = self._scratch.take("slopes", (len(strip), len(tile.matrix)), product)
             part = slopes[here] if at_once else slopes
             self.slopes(part, tile, of, ordered)
             if hidden is not None:
                 add_product(hidden[here], part, tile.matrix, self._scratch)
-            if at_once and here.stop < len(factors):
+            if at_once and here.stop < len(self.hidden):
                 continue
             first = at_once or here.start == 0
             if weight is not None:
@@ -138,7 +144,7 @@ class Chunked:
 
     def tiles(self, places: Places) -> Iterator[Tile]:
         """All tiles, vocabulary block by vocabulary block."""
-        hidden = torch.split(self.hidden.to(self.form.product), self.grid.height) if len(self.hidden) else ()
+        hidden = torch.split(self.factors, self.grid.height) if len(self.hidden) else ()
         rows = self.grid.row_blocks()
         for j, words in enumerate(self.grid.word_blocks()):
             matrix = self.weight[words].to(self.form.product)

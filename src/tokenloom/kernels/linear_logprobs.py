@@ -4,10 +4,10 @@ logits   = cap(scale * (hidden @ weight.T + bias)) / temperature,   cap(x) = c t
 logprob  = logits[row, target] - logsumexp(logits[row])
 entropy  = logsumexp(logits) - sum_v p_v logits_v                   (nats)
 
-The logits are computed in tiles that fit into a cache and again in the backward, so memory is O(tile) instead
-of O(M x V), for any number of rows; a row of hidden states costs one log-sum-exp however many targets it has,
-and none when no target names it or, in the backward, when no gradient reaches it. With p the softmax and H
-the entropy,
+The logits are computed in tiles that fit into a cache, and again in the backward. Memory is a few tiles and, for
+16-bit weights, the gradients of one vocabulary block's logits and the float32 sum of the hidden states' gradient,
+instead of O(M x V). A row of hidden states costs one log-sum-exp however many targets it has, and none when no
+target names it or, in the backward, when no gradient reaches it. With p the softmax and H the entropy,
 
 d logprob / d logits_v = [v = target] - p_v,        d entropy / d logits_v = -p_v (log p_v + H)
 
@@ -29,6 +29,7 @@ from tokenloom.kernels import vocab_parallel
 from tokenloom.kernels.backend import Call, engine
 from tokenloom.kernels.logit_form import LogitForm
 from tokenloom.kernels.pairs import Pairs, live_rows
+from tokenloom.kernels.products import narrowed
 
 
 class TopTokens(NamedTuple):
@@ -174,15 +175,17 @@ class _LinearLogprobs(torch.autograd.Function):
         whole = len(index) == len(hidden)
         at = index if used is None else used[index]
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = engine(call, hidden if whole else hidden[at], weight, bias)
-            values = pairs.of_products(of, call.form)
-            grads = logits.gradients(of, pairs.rows, pairs.tokens - call.offset, values, needed)
+            rows, tokens, values = pairs.rows, pairs.tokens - call.offset, pairs.of_products(of, call.form)
+            live = hidden if whole else hidden[at]
+            grads = engine(call, live, weight, bias).gradients(of, rows, tokens, values, needed)
             of_hidden = grads[0]
             if of_hidden is not None and not whole:
                 of_hidden = torch.zeros_like(hidden, dtype=of_hidden.dtype).index_copy_(0, at, of_hidden)
             if of_hidden is not None and call.group is not None:
                 dist.all_reduce(of_hidden, group=call.group)
-        return None if of_hidden is None else of_hidden.to(hidden.dtype), None, None, grads[1], grads[2], None
+        if of_hidden is not None:
+            of_hidden = narrowed(of_hidden, hidden.dtype)
+        return of_hidden, None, None, grads[1], grads[2], None
 
 
 def _compact(rows: Tensor | None, hidden: Tensor) -> tuple[Tensor | None, Tensor]:

@@ -18,6 +18,7 @@ from torch import Tensor
 LOG2_E = math.log2(math.e)
 
 _CONVERTED_ROWS = 128
+"""Rows that a CPU converts between formats at once."""
 
 _X86 = platform.machine().lower() in ("x86_64", "amd64")
 
@@ -59,12 +60,24 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, scratch: Scratch, *, overwr
         return
     if overwrite:
         total.copy_(product)
-    elif same:
+    elif same or total.device.type != "cpu":
         total.add_(product)
     else:
-        # PyTorch would convert the whole product into new memory first.
+        # On a CPU PyTorch would convert the whole product into new memory first.
         for rows in (slice(i, i + _CONVERTED_ROWS) for i in range(0, len(total), _CONVERTED_ROWS)):
             total[rows] += scratch.take("converted", tuple(total[rows].shape), total.dtype).copy_(product[rows])
+
+
+def narrowed(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x` [n, m] in `dtype`; a narrower format takes the place of `x` in memory, so that both never exist at once."""
+    if dtype.itemsize >= x.dtype.itemsize:
+        return x.to(dtype)
+    narrow = x.view(-1).view(dtype)[: x.numel()].view(x.shape)
+    # A block ends up where earlier blocks, already converted, were.
+    step = max(_CONVERTED_ROWS, len(x) // 16)
+    for rows in (slice(i, i + step) for i in range(0, len(x), step)):
+        narrow[rows] = x[rows].to(dtype)
+    return narrow
 
 
 def exp_(x: Tensor) -> Tensor:

@@ -23,8 +23,8 @@ from tokenloom.kernels import triton_kernels as kernels
 from tokenloom.kernels.chunked import Chunked, RowGradients, Sums, Tile
 from tokenloom.kernels.tiles import Grid
 
-TILE_ELEMENTS = 2**26
-"""Slopes alive at once: 128 MiB in 16 bits. On an H100 a quarter of that takes almost four times as long."""
+TILE_ELEMENTS = 2**25
+"""Slopes alive at once: 64 MiB in 16 bits."""
 
 PROGRAMS_PER_CORE = 16
 """Programs of the forward for each multiprocessor: enough that the last, incomplete wave costs little."""
