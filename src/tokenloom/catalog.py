@@ -1,8 +1,8 @@
 """The catalog: parts, presets, and how they are found by name.
 
-A part is a plain function. Its positional parameters are vocabulary names and are injected; one
-with a default is injected when present. Its keyword-only parameters are hyperparameters, and their
-annotations and defaults are the recipe's schema.
+A part is a plain function. Its positional parameters are vocabulary names and are injected (at the stages
+of training; those of decoding are called by what drives the model); one with a default is injected when present. Its
+keyword-only parameters are hyperparameters, and their annotations and defaults are the recipe's schema.
 """
 
 from __future__ import annotations
@@ -28,10 +28,20 @@ from tokenloom.schedule import Schedule
 from tokenloom.signals import same_definition
 from tokenloom.vocabulary import known_names
 
-Stage = Literal[
+TrainingStage = Literal[
     "sampling", "reward", "advantage", "select", "credit", "weight", "aggregate",
     "log_ratio", "bounds", "surrogate", "term", "updates", "blend", "branch", "metric",
 ]  # fmt: skip
+DecodingStage = Literal[
+    "truncate", "shape", "choose", "draft", "verify", "search", "rank", "probe", "bytes", "objective", "analysis"
+]
+"""truncate: probs [B, V] -> keep [B, V]; shape: scores [B, V] and more -> scores [B, V]; choose: a token from a law;
+draft, verify: speculative decoding; search: the rules of a segment search; rank: finished candidates -> scores or a
+choice; probe: hidden states -> scores; bytes: text behind tokens; objective: the loss of an auxiliary model or probe;
+analysis: numbers that describe."""
+Stage = TrainingStage | DecodingStage
+TRAINING_STAGES: tuple[str, ...] = get_args(TrainingStage)
+DECODING_STAGES: tuple[str, ...] = get_args(DecodingStage)
 Scope = Literal["token", "row", "group", "batch"]
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -146,13 +156,15 @@ def part(
         ValueError: for a positional parameter outside the vocabulary, a hyperparameter without a
             default, an unknown stage or scope, or a name that another function holds.
     """
-    if stage not in get_args(Stage):
-        raise ValueError(f"part {name!r}: unknown stage {stage!r}{suggest(stage, get_args(Stage))}")
+    known_stages = (*TRAINING_STAGES, *DECODING_STAGES)
+    if stage not in known_stages:
+        raise ValueError(f"part {name!r}: unknown stage {stage!r}{suggest(stage, known_stages)}")
     if scope not in get_args(Scope):
         raise ValueError(f"part {name!r}: unknown scope {scope!r}{suggest(scope, get_args(Scope))}")
 
     def register(function: F) -> F:
-        inputs, hyperparameters = signature_inputs(name, function)
+        # What decoding hands over is as various as its methods; only training injects by name.
+        inputs, hyperparameters = signature_inputs(name, function, any_name=stage in DECODING_STAGES)
         if multiplier is not None:
             signature_inputs(f"{name} (multiplier)", multiplier)
         own = {"term": {"coef", "aggregate", "weight"}, "blend": {"advantage", "surrogate"}}
@@ -305,8 +317,12 @@ def describe_type(annotation: Any) -> str:
     )
 
 
-def signature_inputs(name: str, function: Callable[..., Any]) -> tuple[dict[str, bool], dict[str, Hyperparameter]]:
+def signature_inputs(
+    name: str, function: Callable[..., Any], *, any_name: bool = False
+) -> tuple[dict[str, bool], dict[str, Hyperparameter]]:
     """Injected names (and whether each is required) and hyperparameters of a function, checked.
+
+    `any_name` allows positional names that are not in the vocabulary.
 
     Raises:
         ValueError: for a name outside the vocabulary or a hyperparameter without a default.
@@ -327,7 +343,7 @@ def signature_inputs(name: str, function: Callable[..., Any]) -> tuple[dict[str,
             hyperparameters[p.name] = Hyperparameter(hints.get(p.name, Any), p.default)
         elif p.kind is not p.POSITIONAL_OR_KEYWORD:
             raise ValueError(f"{name!r}: parameter {p.name!r} must be an ordinary one or keyword-only")
-        elif p.name in vocabulary:
+        elif any_name or p.name in vocabulary:
             inputs[p.name] = p.default is p.empty
         else:
             raise ValueError(

@@ -7,17 +7,18 @@ stage and scope, never by its name.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tokenloom import decoding_laws as decoding_laws  # registers its laws
 from tokenloom.algorithm import Algorithm
 from tokenloom.batch import Rollouts, Sampling
-from tokenloom.catalog import Part, get_part, parts
+from tokenloom.catalog import TRAINING_STAGES, Part, get_part, parts
 from tokenloom.composition import Blend, Bound, Term
 from tokenloom.context import Context
+from tokenloom.laws import Law, law, laws_for
 from tokenloom.masked import valid_positions
 from tokenloom.planning import plan_context
 from tokenloom.signals import CHUNK_SIGNALS, Signals, signal_example, signal_names
@@ -30,36 +31,11 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
 _GRADIENTS = ("logprobs", "entropies", "values", "log_ratio", "ratio")
 
 
-@dataclass(frozen=True)
-class Law:
-    """A named check with the parts it speaks of."""
-
-    name: str
-    applies: Callable[[Part], bool]
-    check: Callable[[Part], None]
-
-
-_LAWS: list[Law] = []
-
-
-def _law(applies: Callable[[Part], bool]) -> Callable[[Callable[[Part], None]], Callable[[Part], None]]:
-    def register(check: Callable[[Part], None]) -> Callable[[Part], None]:
-        _LAWS.append(Law(check.__name__.removeprefix("_").replace("_", "-"), applies, check))
-        return check
-
-    return register
-
-
-def laws_for(part: Part) -> list[Law]:
-    """The laws that speak of a part."""
-    return [law for law in _LAWS if law.applies(part)]
-
-
 def pairs() -> Iterator[tuple[Part, Law]]:
     """Every (part, law) pair of the library's own catalog."""
     for part in parts().values():
         if part.family != "user":
-            yield from ((part, law) for law in laws_for(part))
+            yield from ((part, each) for each in laws_for(part))
 
 
 def check(part: str | Callable[..., Any]) -> list[str]:
@@ -72,9 +48,10 @@ def check(part: str | Callable[..., Any]) -> list[str]:
     found = get_part(part) if isinstance(part, str) else getattr(part, "__part__", None)
     if not isinstance(found, Part):
         raise ValueError(f"{part!r} is not a part: decorate the function with @part(...)")
-    for law in laws_for(found):
-        law.check(found)
-    return [law.name for law in laws_for(found)]
+    found_laws = laws_for(found)
+    for each in found_laws:
+        each.check(found)
+    return [each.name for each in found_laws]
 
 
 # -- batches ----------------------------------------------------------------------------------------
@@ -197,7 +174,7 @@ def _gives_tensor(part: Part) -> bool:
     return part.stage in (*_TOKEN_STAGES, "reward", "select", "blend")
 
 
-@_law(_gives_tensor)
+@law(_gives_tensor)
 def _shape_and_dtype(part: Part) -> None:
     for dtype in (torch.float64, torch.float32):
         rollouts, signals = random_batch(dtype=dtype)
@@ -212,7 +189,7 @@ def _shape_and_dtype(part: Part) -> None:
             assert out.dtype == dtype, f"{part.name}: dtype {out.dtype} for {dtype} inputs"
 
 
-@_law(_gives_tensor)
+@law(_gives_tensor)
 def _finite_and_zero_off_the_mask(part: Part) -> None:
     rollouts, signals = random_batch(1)
     out = evaluate(part, vocabulary_values(rollouts, signals))
@@ -223,7 +200,7 @@ def _finite_and_zero_off_the_mask(part: Part) -> None:
         assert bool((out[~rollouts.mask] == 0).all()), f"{part.name}: result is not zero off the mask"
 
 
-@_law(_gives_tensor)
+@law(_gives_tensor)
 def _hostile_padding_never_leaks(part: Part) -> None:
     rollouts, signals = random_batch(2)
     clean, poisoned = (_with_gradients(vocabulary_values(rollouts, signals)) for _ in range(2))
@@ -240,7 +217,7 @@ def _hostile_padding_never_leaks(part: Part) -> None:
                     assert bool((off == 0).all()), f"{part.name}: gradient of {name} off the mask under {fill}"
 
 
-@_law(_gives_tensor)
+@law(_gives_tensor)
 def _padding_changes_nothing(part: Part) -> None:
     rollouts, signals = random_batch(3)
     width = rollouts.mask.shape[1]
@@ -253,7 +230,7 @@ def _padding_changes_nothing(part: Part) -> None:
     same(out, again, f"{part.name}: wider padding changed the result")
 
 
-@_law(lambda p: _gives_tensor(p) and not {"draws", "order-dependent"} & p.properties)
+@law(lambda p: _gives_tensor(p) and not {"draws", "order-dependent"} & p.properties)
 def _row_order_changes_nothing(part: Part) -> None:
     rollouts, signals = random_batch(4)
     order = torch.randperm(len(rollouts), generator=torch.Generator().manual_seed(1))
@@ -262,7 +239,7 @@ def _row_order_changes_nothing(part: Part) -> None:
     same(evaluate(part, values)[order], evaluate(part, shuffled), f"{part.name}: row order changed the result")
 
 
-@_law(lambda p: _gives_tensor(p) and "group_ids" in p.inputs)
+@law(lambda p: _gives_tensor(p) and "group_ids" in p.inputs)
 def _group_labels_change_nothing(part: Part) -> None:
     rollouts, signals = random_batch(5)
     values = vocabulary_values(rollouts, signals)
@@ -272,7 +249,7 @@ def _group_labels_change_nothing(part: Part) -> None:
     same(out, evaluate(part, values), f"{part.name}: relabeling the groups changed the result")
 
 
-@_law(lambda p: _gives_tensor(p) and p.scope != "batch")
+@law(lambda p: _gives_tensor(p) and p.scope != "batch")
 def _batch_equals_loop(part: Part) -> None:
     rollouts, signals = random_batch(6)
     values = vocabulary_values(rollouts, signals)
@@ -285,7 +262,7 @@ def _batch_equals_loop(part: Part) -> None:
         same(out[rows], alone, f"{part.name}: declared scope {part.scope!r}, but other rows changed the result")
 
 
-@_law(lambda p: _gives_tokens(p) and p.scope == "token")
+@law(lambda p: _gives_tokens(p) and p.scope == "token")
 def _tokens_do_not_see_each_other(part: Part) -> None:
     rollouts, signals = random_batch(7)
     values = vocabulary_values(rollouts, signals)
@@ -298,7 +275,7 @@ def _tokens_do_not_see_each_other(part: Part) -> None:
         same(out[:, t : t + 1], evaluate(part, column), f"{part.name}: scope 'token', but other tokens matter")
 
 
-@_law(_gives_tensor)
+@law(_gives_tensor)
 def _inputs_stay_untouched(part: Part) -> None:
     rollouts, signals = random_batch(8)
     values = vocabulary_values(rollouts, signals)
@@ -308,14 +285,14 @@ def _inputs_stay_untouched(part: Part) -> None:
         assert torch.equal(value, values[name]), f"{part.name}: changed its input {name!r} in place"
 
 
-@_law(_gives_tensor)
+@law(_gives_tensor)
 def _same_inputs_same_result(part: Part) -> None:
     rollouts, signals = random_batch(9)
     first, second = (evaluate(part, vocabulary_values(rollouts, signals)) for _ in range(2))
     assert torch.equal(first, second), f"{part.name}: two calls with equal inputs differ"
 
 
-@_law(_gives_tensor)
+@law(_gives_tensor)
 def _nothing_sampled_gives_nothing(part: Part) -> None:
     rollouts, signals = random_batch(10)
     empty = rollouts.replace(mask=torch.zeros_like(rollouts.mask), lengths=torch.zeros_like(rollouts.lengths))
@@ -326,27 +303,27 @@ def _nothing_sampled_gives_nothing(part: Part) -> None:
             assert bool((out == 0).all()), f"{part.name}: an all-masked batch gives non-zero values"
 
 
-@_law(lambda p: p.stage in ("weight", "aggregate"))
+@law(lambda p: p.stage in ("weight", "aggregate"))
 def _never_negative(part: Part) -> None:
     rollouts, signals = random_batch(11)
     assert bool((evaluate(part, vocabulary_values(rollouts, signals)) >= 0).all()), f"{part.name}: negative result"
 
 
-@_law(lambda p: p.stage == "blend")
+@law(lambda p: p.stage == "blend")
 def _shares_lie_between_zero_and_one(part: Part) -> None:
     rollouts, signals = random_batch(21)
     out = evaluate(part, vocabulary_values(rollouts, signals))
     assert bool(((out >= 0) & (out <= 1)).all()), f"{part.name}: a share outside [0, 1]"
 
 
-@_law(lambda p: p.stage in ("advantage", "credit", "weight", "aggregate", "blend"))
+@law(lambda p: p.stage in ("advantage", "credit", "weight", "aggregate", "blend"))
 def _carries_no_gradient(part: Part) -> None:
     rollouts, signals = random_batch(12)
     out = evaluate(part, _with_gradients(vocabulary_values(rollouts, signals)))
     assert not out.requires_grad, f"{part.name}: stage {part.stage!r} must be detached from the policy"
 
 
-@_law(lambda p: p.stage == "advantage")
+@law(lambda p: p.stage == "advantage")
 def _unscorable_rows_get_nothing(part: Part) -> None:
     rollouts, signals = random_batch(13)
     assert rollouts.rewards is not None
@@ -357,7 +334,7 @@ def _unscorable_rows_get_nothing(part: Part) -> None:
     assert bool((out[2] == 0).all()), f"{part.name}: a row without a reward gets credit"
 
 
-@_law(lambda p: p.stage == "advantage" and p.scope == "group")
+@law(lambda p: p.stage == "advantage" and p.scope == "group")
 def _constant_groups_get_exactly_zero(part: Part) -> None:
     rollouts, signals = random_batch(14, dtype=torch.float32)
     # The mean of three float32 copies of 0.9 is not 0.9, so a rule that trusts rounding shows here.
@@ -369,7 +346,7 @@ def _constant_groups_get_exactly_zero(part: Part) -> None:
 # -- laws of surrogates -----------------------------------------------------------------------------
 
 
-@_law(lambda p: p.stage == "surrogate")
+@law(lambda p: p.stage == "surrogate")
 def _closed_form_equals_autograd(part: Part) -> None:
     assert part.multiplier is not None, f"{part.name}: a surrogate states its multiplier in closed form"
     ctx, leaf, advantages = _grid()
@@ -380,7 +357,7 @@ def _closed_form_equals_autograd(part: Part) -> None:
     same(gradient, closed * advantages, f"{part.name}: closed form and autograd differ")
 
 
-@_law(lambda p: p.stage == "surrogate")
+@law(lambda p: p.stage == "surrogate")
 def _on_policy_gradient_is_the_advantage(part: Part) -> None:
     rollouts, signals = random_batch(15)
     assert signals.logprobs is not None
@@ -428,10 +405,10 @@ def host(part: Part) -> Algorithm:
 
 
 def _in_the_loss(part: Part) -> bool:
-    return part.stage not in ("sampling", "metric", "updates", "branch")
+    return part.stage in TRAINING_STAGES and part.stage not in ("sampling", "metric", "updates", "branch")
 
 
-@_law(_in_the_loss)
+@law(_in_the_loss)
 def _any_split_gives_the_same_gradient(part: Part) -> None:
     rollouts, signals = random_batch(16)
     algorithm = host(part)
@@ -444,7 +421,7 @@ def _any_split_gives_the_same_gradient(part: Part) -> None:
         same(whole, split, f"{part.name}: micro-batches of {size} give another gradient")
 
 
-@_law(lambda p: _in_the_loss(p) and not {"draws", "order-dependent"} & p.properties)
+@law(lambda p: _in_the_loss(p) and not {"draws", "order-dependent"} & p.properties)
 def _gathered_ranks_give_the_same_gradient(part: Part) -> None:
     rollouts, signals = random_batch(17)
     algorithm = host(part)
@@ -456,7 +433,7 @@ def _gathered_ranks_give_the_same_gradient(part: Part) -> None:
         same(value[order], gathered[name], f"{part.name}: a batch gathered from two ranks differs in {name}")
 
 
-@_law(lambda p: p.stage == "updates")
+@law(lambda p: p.stage == "updates")
 def _every_epoch_visits_every_kept_row_once(part: Part) -> None:
     rollouts, signals = random_batch(18)
     values = vocabulary_values(rollouts, signals)
@@ -469,14 +446,14 @@ def _every_epoch_visits_every_kept_row_once(part: Part) -> None:
     )
 
 
-@_law(lambda p: p.stage == "bounds")
+@law(lambda p: p.stage == "bounds")
 def _limits_enclose_one(part: Part) -> None:
     rollouts, signals = random_batch(19)
     lo, hi, cap = (torch.as_tensor(x) for x in evaluate(part, vocabulary_values(rollouts, signals)))
     assert bool((lo <= 1).all() and (hi >= 1).all() and (cap >= hi).all()), f"{part.name}: lo <= 1 <= hi <= cap fails"
 
 
-@_law(lambda p: p.stage == "branch")
+@law(lambda p: p.stage == "branch")
 def _branches_are_counts_of_sampled_tokens(part: Part) -> None:
     rollouts, signals = random_batch(23)
     values = vocabulary_values(rollouts, signals)
@@ -489,7 +466,7 @@ def _branches_are_counts_of_sampled_tokens(part: Part) -> None:
     assert torch.equal(out, poisoned), f"{part.name}: NaN off the mask changed the counts"
 
 
-@_law(lambda p: p.stage == "metric")
+@law(lambda p: p.stage == "metric")
 def _numbers_by_name_that_padding_and_order_leave_alone(part: Part) -> None:
     rollouts, signals = random_batch(22)
     values = vocabulary_values(rollouts, signals)
@@ -512,7 +489,7 @@ def _numbers(part: Part, values: dict[str, Any]) -> dict[str, Tensor]:
     return {k: torch.as_tensor(float(v), dtype=torch.float64) for k, v in evaluate(part, values).items()}
 
 
-@_law(lambda p: p.stage == "sampling")
+@law(lambda p: p.stage == "sampling")
 def _logits_keep_their_shape_and_rows(part: Part) -> None:
     rollouts, signals = random_batch(20)
     values = vocabulary_values(rollouts, signals)

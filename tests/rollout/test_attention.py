@@ -19,7 +19,7 @@ def draw(n: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def ours(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
-    keys, values = key.flatten(0, 1).transpose(1, 2).contiguous(), value.flatten(0, 1)
+    keys, values = key.flatten(0, 1).transpose(1, 2).contiguous().transpose(1, 2), value.flatten(0, 1)
     return attend(query, keys, values, mask, 0.3)
 
 

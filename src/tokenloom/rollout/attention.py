@@ -16,7 +16,7 @@ BLOCKED = -1e30
 
 
 def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: float) -> Tensor:
-    """[B, n, H D] from queries [B, n, H, D], keys [B K, D, S] and values [B K, S, D], H a multiple of K.
+    """[B, n, H D] from queries [B, n, H, D], keys and values [B K, S, D], H a multiple of K.
 
     `mask` [B or 1, 1, n or 1, S] is added to the scores. Products are in the formats of keys and values, the softmax
     at least in float32.
@@ -29,7 +29,7 @@ def attend(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor, scaling: f
     casts = torch.is_autocast_enabled(query.device.type)
     torch.set_autocast_enabled(query.device.type, False)
     try:
-        scores = torch.baddbmm(_bias(mask.to(keys.dtype), b, groups, shared), rows, keys, alpha=scaling)
+        scores = torch.baddbmm(_bias(mask.to(keys.dtype), b, groups, shared), rows, keys.transpose(1, 2), alpha=scaling)
         wide = torch.promote_types(scores.dtype, torch.float32)
         out = torch.bmm(torch.softmax(scores, -1, dtype=wide).to(values.dtype), values)
     finally:

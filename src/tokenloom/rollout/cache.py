@@ -5,13 +5,17 @@ Letters: B rows, K key/value heads, D head size, S columns of the buffers, n new
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-_BLOCK = 16
+
+def columns_for(length: int, block: int) -> int:
+    """The columns S of buffers, grown by `block`, that hold `length`."""
+    return -(-length // block) * block
 
 
 def new_cache(config: Any) -> Cache:
@@ -22,11 +26,25 @@ def new_cache(config: Any) -> Cache:
     return cache
 
 
-def new_masked_cache(config: Any) -> Cache | None:
+@dataclass
+class Place:
+    """Where the next tokens of a masked cache go, the same for all layers.
+
+    Neighboring rows take part, from `row` on; their tokens go to `columns`: the first of neighboring ones, the same
+    for all of them, or [B, n]. `length` columns will be in use then.
+    """
+
+    row: int = 0
+    columns: int | Tensor = 0
+    length: int = 0
+
+
+def new_masked_cache(
+    config: Any, place: Place, *, rows: int, dtype: torch.dtype | None, transposed: bool, block: int
+) -> Cache | None:
     """An empty cache for attention that is told by a mask alone what it sees; None where masks cannot tell it all.
 
-    All layers, those with a window too, hold every token and hand out whole buffers of `columns_for(length)`
-    columns, written or not.
+    All layers, those with a window too, hold every token; see `MaskedLayer` for the rest.
     """
     cache = DynamicCache(config=config)
     kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
@@ -34,13 +52,8 @@ def new_masked_cache(config: Any) -> Cache | None:
         return None
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
         return None
-    cache.layers = [MaskedLayer() for _ in cache.layers]
+    cache.layers = [MaskedLayer(place, rows, dtype=dtype, transposed=transposed, block=block) for _ in cache.layers]
     return cache
-
-
-def columns_for(length: int) -> int:
-    """The columns S of whole buffers of which `length` are in use."""
-    return -(-length // _BLOCK) * _BLOCK
 
 
 class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # the parent's hook has no annotations
@@ -83,67 +96,82 @@ class GrowingLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # the parent
 
 
 class MaskedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # the parent's hook has no annotations
-    """Keys [B K, D, S], transposed, and values [B K, S, D]: as the products of attention read them.
+    """Keys and values [B K, S, D] of `rows` rows, in buffers that grow by `block` columns and are handed out whole.
 
-    The buffers are handed out whole, since batched products copy what is not contiguous. Before a step the caller
-    says which `rows` take part, a slice, and in which `columns` their tokens go: the first of neighboring ones, the
-    same for all rows, or [B, n]. Before the first it says how many rows there will be (`count`), and in which format
-    to keep them (None: as they come).
+    So their shape stays the same for `block` steps (kernels are chosen by shape, on a GPU at some cost), and they are
+    contiguous (batched products copy what is not). `transposed` keys lie as [B K, D, S], as products read them.
+    `dtype` is the format to keep them in (None: as they come). Before a step the caller sets `place`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, place: Place, rows: int, *, dtype: torch.dtype | None, transposed: bool, block: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # the parent has no annotations
-        self.rows = slice(None)
-        self.columns: int | Tensor = 0
-        self.count = 1
-        self.kept_dtype: torch.dtype | None = None
-        self._heads = 1
+        self._place, self._rows, self._heads = place, rows, 1
+        self._dtype, self._transposed, self._block = dtype, transposed, block
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Write the states [B, K, n, D] of new tokens; returns keys and values [B, K, S, D] of their rows."""
         keys, values = self.write(key_states.transpose(1, 2), value_states.transpose(1, 2))
-        return self._apart(keys).transpose(-1, -2), self._apart(values)
+        return self._apart(keys), self._apart(values)
 
     def write(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Write key and value [B, n, K, D] of new tokens; returns keys [B K, D, S] and values [B K, S, D]."""
-        b, n, heads, _ = key.shape
-        at = self.columns
-        self._reach(columns_for(at + n if isinstance(at, int) else int(at.max()) + 1), key, value)
+        """Write key and value [B, n, K, D] of new tokens; returns keys and values [B K, S, D] of their rows."""
+        self._reach(key, value)
         assert self.keys is not None
         assert self.values is not None
         keys, values = self.keys, self.values
-        if b * heads != len(keys):
-            some = slice((self.rows.start or 0) * heads, ((self.rows.start or 0) + b) * heads)
-            keys, values = keys[some], values[some]
-        if isinstance(at, int) and n == 1:
-            keys[:, :, at] = key.reshape(b * heads, -1)
-            values[:, at] = value.reshape(b * heads, -1)
-        elif isinstance(at, int):
-            self._apart(keys)[..., at : at + n] = key.permute(0, 2, 3, 1)
-            self._apart(values)[:, :, at : at + n] = value.transpose(1, 2)
-        else:
-            rows = torch.arange(b, device=keys.device)[:, None]
-            self._apart(keys)[rows, :, :, at] = key.to(keys.dtype)
-            self._apart(values)[rows, :, at] = value.to(values.dtype)
+        if len(key) != self._rows:
+            start = self._place.row * self._heads
+            keys, values = (x[start : start + len(key) * self._heads] for x in (keys, values))
+        self._put(keys, key)
+        self._put(values, value)
         return keys, values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the rows at `beam_idx` [n], repeats allowed."""
+        self._rows = len(beam_idx)
         if self.keys is not None and self.values is not None:
-            self.keys, self.values = (self._apart(x)[beam_idx].flatten(0, 1) for x in (self.keys, self.values))
+            keys, values = (self._apart(x)[beam_idx].flatten(0, 1) for x in (self._stored(self.keys), self.values))
+            self.keys, self.values = self._stored(keys), values
+
+    def move(self, source: Tensor, target: Tensor) -> None:
+        """Copy what lies in columns `source` [B, m] of each row to columns `target` [B, m]."""
+        if self.keys is None or self.values is None:
+            return
+        rows = torch.arange(len(source), device=source.device)[:, None]
+        for buffer in (self._apart(self.keys), self._apart(self.values)):
+            buffer[rows, :, target] = buffer[rows, :, source]
+
+    def _put(self, buffer: Tensor, states: Tensor) -> None:
+        b, n, heads, size = states.shape
+        at = self._place.columns
+        if not isinstance(at, int):
+            rows = torch.arange(b, device=buffer.device)[:, None]
+            self._apart(buffer)[rows, :, at] = states.to(buffer.dtype)
+        elif n == 1:
+            buffer[:, at] = states.reshape(b * heads, size)
+        else:
+            self._apart(buffer)[:, :, at : at + n] = states.transpose(1, 2)
+
+    def _reach(self, key: Tensor, value: Tensor) -> None:
+        """Make room. Zeros, for what no mask lets through is still multiplied, by zero."""
+        length = self._place.length
+        if self.keys is None or self.values is None:
+            self._heads, self.is_initialized = key.shape[2], True
+            rows, width = self._rows * self._heads, columns_for(length, self._block)
+            lying = (rows, key.shape[-1], width) if self._transposed else (rows, width, key.shape[-1])
+            self.keys = self._stored(key.new_zeros(lying, dtype=self._dtype))
+            self.values = value.new_zeros(rows, width, value.shape[-1], dtype=self._dtype)
+        elif length > self.values.shape[1]:
+            width = columns_for(length, self._block)
+            keys = _widened(self._stored(self.keys), -1 if self._transposed else -2, width)
+            self.keys, self.values = self._stored(keys), _widened(self.values, -2, width)
+
+    def _stored(self, keys: Tensor) -> Tensor:
+        """From keys [B K, S, D] to how they lie, and back."""
+        return keys.transpose(1, 2) if self._transposed else keys
 
     def _apart(self, states: Tensor) -> Tensor:
         return states.view(-1, self._heads, *states.shape[1:])
-
-    def _reach(self, width: int, key: Tensor, value: Tensor) -> None:
-        """Make the buffers `width` columns wide. Zeros, for what no mask lets through is still multiplied by zero."""
-        if self.keys is None or self.values is None:
-            self._heads, self.is_initialized = key.shape[2], True
-            rows = self.count * self._heads
-            self.keys = key.new_zeros(rows, key.shape[-1], width, dtype=self.kept_dtype)
-            self.values = value.new_zeros(rows, width, value.shape[-1], dtype=self.kept_dtype)
-        elif width > self.keys.shape[-1]:
-            self.keys, self.values = _widened(self.keys, -1, width), _widened(self.values, -2, width)
 
 
 def _widened(states: Tensor, dim: int, capacity: int) -> Tensor:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from tokenloom.batch import Sampling
 from tokenloom.rollout.draft import GroupDrafts
-from tokenloom.rollout.forward import CachedForward
+from tokenloom.rollout.forward import CachedForward, StatefulForward
 from tokenloom.rollout.listeners import Listeners
+from tokenloom.rollout.masked_forward import MaskedForward, can_be_masked
 from tokenloom.rollout.randomness import row_key, uniform_streams
 from tokenloom.rollout.record import Record, Request, Response
 from tokenloom.rollout.sampler import Sampler
@@ -62,7 +63,7 @@ def decode_wave(
     watchers = [StopStrings(policy.tokenizer, sampling.stop) for _ in requests] if sampling.stop else []
     drafts = GroupDrafts([r.prompt for r in requests], speculate) if speculate else None
 
-    forward = CachedForward(policy, lean=lean, ragged=drafts is not None)
+    forward: CachedForward = MaskedForward(policy, lean=lean) if can_be_masked(policy) else StatefulForward(policy)
     logits = forward.start(list(distinct), rows)[:, None]
     record = Record(requests, logits)
     responses: dict[int, Response] = {}

@@ -17,10 +17,11 @@ from torch import Tensor
 from tokenloom.batch import Rollouts, Sampling
 from tokenloom.rollout.contexts import sampling_mode
 from tokenloom.rollout.decode import ShapeLogits, decode_wave
-from tokenloom.rollout.forward import base_model, can_forget
+from tokenloom.rollout.forward import base_model
 from tokenloom.rollout.forward import model_positions as model_positions  # part of the engine's own surface
 from tokenloom.rollout.lean import lean_modules
 from tokenloom.rollout.listeners import Listeners, OnFinished, OnTokens, Progress
+from tokenloom.rollout.masked_forward import can_be_masked
 from tokenloom.rollout.randomness import base_seed
 from tokenloom.rollout.record import Request, Response
 from tokenloom.rollout.sampler import check_sampling
@@ -168,7 +169,7 @@ def _check_requests(
 ) -> None:
     if speculate < 0:
         raise ValueError(f"speculate is {speculate}, must be >= 0, the longest draft in tokens (0: none)")
-    if speculate and not can_forget(policy):
+    if speculate and not can_be_masked(policy):
         raise ValueError(
             f"{type(base_model(policy.model)).__name__} has layers that cannot take rejected tokens back, so it "
             "decodes without drafts; set speculate to 0"

@@ -123,9 +123,9 @@ def _attention(module: Any) -> Form:
         layer = None if cache is None else cache.layers[number]
         if isinstance(layer, MaskedLayer) and attention_mask is not None:
             keys, values = layer.write(key, value)
-            if n == 1 or n * keys.shape[-1] <= _FEW:
+            if n == 1 or n * keys.shape[1] <= _FEW:
                 return outer(attend(query, keys, values, attention_mask, scaling)), None
-            key, value = (x.view(b, groups, *x.shape[1:]) for x in (keys.transpose(-1, -2), values))
+            key, value = (x.view(b, groups, *x.shape[1:]) for x in (keys, values))
         else:
             key, value = key.transpose(1, 2), value.transpose(1, 2)
             if cache is not None:
