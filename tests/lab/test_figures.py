@@ -46,6 +46,16 @@ def test_noise_alone_is_no_bias() -> None:
     assert abs(found.value - 1) < found.half
 
 
+def test_a_part_along_the_gradient_that_is_rounding_is_none() -> None:
+    estimates = torch.zeros(8, 3, dtype=torch.float64)
+    estimates[:, 1] = torch.linspace(1, 2, 8)
+    estimates[:, 0] = 1e-16
+    truth = torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)
+    found = Direction(estimates, truth, torch.ones(8, dtype=torch.float64)).figures()
+    assert found["cosine"].value == 0
+    assert math.isinf(found["bias"].value)
+
+
 def test_credit_figures_are_the_plain_formulas() -> None:
     generator = torch.Generator().manual_seed(2)
     given, deserved = torch.randn(2, 400, generator=generator, dtype=torch.float64)

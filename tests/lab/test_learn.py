@@ -12,8 +12,9 @@ from lab.tiny import table_of, tiny_task, unregistered
 from tokenloom.algorithm import Algorithm
 from tokenloom.lab.families import families
 from tokenloom.lab.learn import Learned, learn
+from tokenloom.lab.optimizer import ScaleFree
 from tokenloom.lab.oracle import oracle
-from tokenloom.lab.table import ScaleFree, TablePolicy
+from tokenloom.lab.table import TablePolicy
 from tokenloom.masked import to_tokens
 
 

@@ -12,7 +12,7 @@ from lab.tiny import table_of, tiny_task
 from tokenloom.batch import Rollouts
 from tokenloom.lab.collect import Sampler
 from tokenloom.lab.critic import Critic
-from tokenloom.lab.table import ScaleFree, TablePolicy, unknown_to_tables
+from tokenloom.lab.table import TablePolicy, unknown_to_tables
 from tokenloom.lab.task import Task, places
 from tokenloom.lab.tree import Tree
 from tokenloom.signals import CHUNK_SIGNALS, chunk_signal
@@ -115,24 +115,6 @@ def test_copies_share_critic_and_reference_and_nothing_else(setup: tuple[Task, T
     assert not torch.equal(other.table(), policy.table())
     assert other.critic is policy.critic
     assert other.reference is policy.reference
-
-
-def test_scale_free_steps_do_not_see_the_scale_of_the_loss() -> None:
-    gradients = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    paths = []
-    for scale in (1.0, 1e-6):
-        parameter = torch.zeros(5, dtype=torch.float64)
-        optimizer = ScaleFree([parameter], 0.5)
-        for g in gradients:
-            optimizer.step([scale * g])
-        paths.append(parameter)
-    torch.testing.assert_close(paths[0], paths[1])
-    parameter = torch.zeros(5, dtype=torch.float64)
-    optimizer = ScaleFree([parameter], 0.5)
-    optimizer.step([torch.zeros(5, dtype=torch.float64)])
-    assert not parameter.any()
-    optimizer.step([gradients[0]])
-    assert float(parameter.norm()) == pytest.approx(0.5)
 
 
 def test_a_critic_moves_against_its_gradient() -> None:

@@ -40,12 +40,12 @@ Kind = Literal["table", "transformer"]
 class Budget:
     """How much a cell may measure: batches for credit and gradient, sampled responses for learning."""
 
-    batches: int = 48
+    batches: int = 40
     samples: int = 2560
     group_size: int = 8
 
 
-FULL = {"table": Budget(), "transformer": Budget(batches=12, samples=960)}
+FULL = {"table": Budget(), "transformer": Budget(batches=10, samples=960)}
 QUICK = {"table": Budget(batches=12, samples=640), "transformer": Budget(batches=6, samples=320)}
 
 

@@ -54,7 +54,8 @@ class Direction:
 
         count = len(dots)
         scale = jackknife(lambda w: w @ dots / length, count)
-        if not abs(scale.value) > scale.half:
+        rounding = 1e-9 * float(squares.mean() / length) ** 0.5
+        if not abs(scale.value) > max(scale.half, rounding):
             # Nothing along the true gradient stands out of the noise: what is measured in units of it has no meaning.
             nothing = Estimate(math.inf, math.nan)
             return {"cosine": Estimate(0.0, math.nan), "bias": nothing, "noise": nothing,

@@ -1,8 +1,7 @@
 """Learning on a task until a budget of samples is spent, J known exactly after every step.
 
-Every response that is drawn counts as a sample, those of dropped groups and of the reference included. Table policies
-move by steps of equal root-mean-square length (`table.ScaleFree`), so that neither the scale on which a method states
-its loss nor a learning rate tuned for one of them decides; a transformer learns by Adam, for the same reason.
+Every response that is drawn counts as a sample, those of dropped groups and of the reference included. Every batch
+moves the policy equally far (`optimizer.ScaleFree`), whatever the method.
 """
 
 from __future__ import annotations
@@ -91,6 +90,7 @@ def learn(
         )  # fmt: skip
         state = plan.state
         parameters = [*policy.parameters, policy.critic.values]
+        optimizer.begin(len(plan.updates))
         for _, _, loss in losses(algorithm, plan, batch.rollouts, policy, generator):
             *gradients, critic = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
             if not all(bool(g.isfinite().all()) for g in (*gradients, critic)):

@@ -10,15 +10,8 @@ from torch import Tensor
 
 from tokenloom.batch import Rollouts
 from tokenloom.lab.critic import Critic
+from tokenloom.lab.optimizer import ScaleFree
 from tokenloom.signals import Signals
-
-
-class Stepper(Protocol):
-    """An optimizer: moves the parameters against gradients of the same shapes."""
-
-    def step(self, gradients: Sequence[Tensor]) -> None:
-        """One step."""
-        ...
 
 
 class LabPolicy(Protocol):
@@ -53,6 +46,6 @@ class LabPolicy(Protocol):
         """The policy as it is now; the critic is shared."""
         ...
 
-    def optimizer(self) -> Stepper:
+    def optimizer(self) -> ScaleFree:
         """A new optimizer of `parameters`."""
         ...

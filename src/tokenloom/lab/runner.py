@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -72,7 +74,16 @@ def _computed(units: list[list[_Work]], workers: int) -> Iterator[dict[int, dict
 def _prepare() -> None:
     # Ctrl-C reaches every process of the terminal. A cell is kept whole or not at all, so workers may just die.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
+
+
+def _end_with_parent() -> None:
+    """A pool's workers wait forever when the parent is killed: each keeps the others' pipe open."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
 
 
 def _run_and_keep(unit: Sequence[_Work]) -> dict[int, dict[str, Any]]:

@@ -95,8 +95,9 @@ def spell(tokens: Sequence[int]) -> str:
 
 
 def prompt_tokens(prompt: int, tree: Tree) -> Tensor:
-    """[2] int64: a prompt's number in base V, so that prompts need no tokens of their own."""
-    return torch.tensor([prompt // tree.vocab, prompt % tree.vocab])
+    """[2] int64: a prompt in the responses' own tokens, different for each of V^2 prompts, in both places if it can."""
+    low, high = prompt % tree.vocab, prompt // tree.vocab
+    return torch.tensor([low, (low + high) % tree.vocab])
 
 
 def places(tree: Tree, rollouts: Rollouts) -> Tensor:

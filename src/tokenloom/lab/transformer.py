@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tokenloom.batch import Rollouts
 from tokenloom.lab.critic import Critic
+from tokenloom.lab.optimizer import ScaleFree
 from tokenloom.lab.task import Task, prompt_tokens
 from tokenloom.lab.tree import Tree
 from tokenloom.policy import ModelConfig, Policy
@@ -29,21 +30,10 @@ from tokenloom.signals import Signals
 LARGEST = 4096
 """Complete responses of a tree that a transformer may enumerate at every step."""
 
-LEARNING_RATE = 6e-3
-"""Of Adam. The yardstick learns most families within the budget, and seldom loses a prompt on the way."""
+STEP_LENGTH = 0.1
+"""How far a batch moves all weights: far enough to learn within the budget, not so far that prompts are lost."""
 
 _IMITATION_STEPS, _IMITATION_ROWS, _IMITATION_RATE = 100, 128, 1e-2
-
-
-class _Adam:
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        self.parameters = list(parameters)
-        self._adam = torch.optim.Adam(self.parameters, lr=LEARNING_RATE)
-
-    def step(self, gradients: Sequence[Tensor]) -> None:
-        for parameter, gradient in zip(self.parameters, gradients, strict=True):
-            parameter.grad = gradient
-        self._adam.step()
 
 
 class TransformerPolicy:
@@ -101,10 +91,10 @@ class TransformerPolicy:
         other = self.copy()
         before = self.table()
         noise = [torch.randn(p.shape, generator=generator) * p.detach().std(correction=0) for p in other.parameters]
-        # Two linear corrections: logits are nearly linear in so small a change.
+        # Logits are nearly linear in so small a change: each round corrects the one before.
         size, done = 0.02, 0.0
         with torch.no_grad():
-            for _ in range(3):
+            for _ in range(5):
                 for parameter, direction in zip(other.parameters, noise, strict=True):
                     parameter.add_(direction, alpha=size - done)
                 done, change = size, (other.table() - before).std()
@@ -117,9 +107,9 @@ class TransformerPolicy:
         policy.reference = self.policy.reference
         return type(self)(self.tree, self.prompts, policy, critic=self.critic)
 
-    def optimizer(self) -> _Adam:
+    def optimizer(self) -> ScaleFree:
         """A new optimizer of the weights."""
-        return _Adam(self.parameters)
+        return ScaleFree(self.parameters, STEP_LENGTH)
 
 
 def _enumerate(model: Any, tree: Tree, prompts: int) -> Tensor:

@@ -36,7 +36,7 @@ MOMENT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0 + 4 / 256}
 HEAD_TILE = 3.2e7
 """Bytes of logits that exist at once."""
 FRAGMENTS = 0.25
-"""What the C library holds back on a CPU, as a share of a micro-batch's activations; measured with glibc 2.36."""
+"""What the C library holds back on a CPU, as a share of activations and gradients; measured with glibc 2.36."""
 
 
 @dataclass(frozen=True)
@@ -244,19 +244,22 @@ def _memory(
     embedded = 0 if lora else 4 * embedding
     gradients = s.trained * weight
 
+    fragments = FRAGMENTS * (max(micro) * token + gradients)
+
     def forward_and_back(tokens: int) -> float:
-        return tokens * token * (1 + FRAGMENTS) + casts + HEAD_TILE + embedded
+        return tokens * token + casts + HEAD_TILE + embedded
 
     # Gradients come as activations go; from the second micro-batch on they are all there.
     updating = max(forward_and_back(micro[0]), gradients + embedded)
     if len(micro) > 1:
         updating = max(updating, gradients + forward_and_back(micro[1]), gradients + 2 * embedded)
+    updating += fragments
     shown = {
         "gradients": gradients,
         f"activations of {max(micro)} tokens": max(micro) * token,
         "weights in bf16 while updating": casts,
         "head and embedding": HEAD_TILE + embedded,
-        "held back by the C library": max(micro) * token * FRAGMENTS,
+        "held back by the C library": fragments,
     }
     phases = {"sampling": float(sum(sampling.values())), "updating": updating}
     phase = max(phases, key=lambda k: phases[k])

@@ -1,8 +1,9 @@
 """AdamW with its two moments in 8 bits, through bitsandbytes (arXiv:2110.02861), one parameter at a time.
 
 Each block of 256 numbers shares a scale and keeps 8 bits a number, on a grid that is finer near zero; a float32
-copy exists of a slice at a time. Runs on CUDA, XPU and CPUs; on a CPU it takes about ten times as long as bfloat16.
-Deviation from the paper: word embeddings are kept in 8 bits too.
+copy exists of a slice at a time. On two CPU cores a step of 134 M weights takes 1.5 s, with bfloat16 moments 0.12 s
+(torchao's 8-bit AdamW: 8.7 s, or 2.3 s where a compiler is installed).
+Deviation from the paper: the moments of word embeddings have 8 bits too.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ at random, so that on average nothing is lost:
 
 Rounding to the nearest would freeze the second moment: when gradients shrink, a step takes a share 1 - beta2 = 0.001
 off it, and bfloat16 numbers lie a share of 2^-8 to 2^-7 apart. The update uses the moments before they are rounded.
-Nothing ready-made does this: PyTorch's moments have the format of the weights, torchao and HeavyBall lean on a
-compiler, Apex and Transformer Engine on CUDA.
+The libraries looked at do not do this: moments have the format of the weights in PyTorch, that or 8 and 4 bits in
+torchao and bitsandbytes.
 """
 
 from __future__ import annotations
