@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tokenloom.cli.catalog import methods
+from tokenloom.cli.compare_samplers import compare_samplers
 from tokenloom.cli.doctor import doctor
 from tokenloom.cli.evaluate import evaluate
 from tokenloom.cli.generate import generate
@@ -23,7 +24,7 @@ HELP = """Token-level methods for language models: train, measure, look.
 First steps:
   tokenloom train quickstart            teach a small model one-digit sums
   tokenloom train quickstart --dry-run  what that would take
-  tokenloom methods                     algorithms and their parts
+  tokenloom methods                     algorithms, decoding methods and their parts
   tokenloom lab --quick                 measure them against exact ground truth
   tokenloom doctor                      what this machine can do
 
@@ -45,6 +46,7 @@ for function, name in (
     (report, "report"),
     (tokens, "tokens"),
     (generate, "generate"),
+    (compare_samplers, "compare-samplers"),
     (methods, "methods"),
     (recipes, "recipes"),
     (lab, "lab"),

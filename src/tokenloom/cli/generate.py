@@ -1,12 +1,10 @@
-"""`tokenloom generate`: responses of a model to prompts."""
+"""`tokenloom generate`: responses of a model to prompts, under any decoding methods."""
 
 from __future__ import annotations
 
 import json
-import sys
-import time
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,14 +13,16 @@ from rich.console import Console
 from rich.text import Text
 
 from tokenloom.cli.console import console, interactive, quiet_libraries, visible
+from tokenloom.cli.decoding import check_names, decoding_of
 from tokenloom.cli.guard import UsageError, guarded
 from tokenloom.cli.models import model_source
+from tokenloom.cli.prompts import Prompt, chat, read_prompts
 
 if TYPE_CHECKING:
-    from tokenloom.batch import Rollouts, Sampling
+    from tokenloom.batch import Sampling
 
 DEFAULT_TOKENS = 128
-Prompt = str | list[dict[str, str]]
+Show = Callable[[str], None]
 
 
 @guarded
@@ -32,6 +32,18 @@ def generate(
     prompts: Annotated[
         Path | None,
         typer.Option("--prompts", help="Prompts from a .jsonl file (prompt or messages) or a .txt file, one a line."),
+    ] = None,
+    sampler: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sampler",
+            "-s",
+            help="Decoding methods, in order: NAME or NAME:key=value,key=value; "
+            "repeatable, or joined with +. See: tokenloom methods --family decoding.",
+        ),
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option("--draft", help="Draft several tokens a step by this method; the law stays the same.")
     ] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response, in tokens; default 128.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most probable token.")] = 1.0,
@@ -48,76 +60,154 @@ def generate(
 ) -> None:
     """Let a model answer prompts.
 
-    What the model writes is shown as text: control characters are made visible.
+    What the model writes is shown as text: control characters are made visible. A single response appears while it is
+    written. --temperature comes before the methods of --sampler, --top-k and --top-p behind it.
 
     Examples:
       tokenloom generate smollm2-135m-instruct "What is 7 + 8?"
       tokenloom generate runs/quickstart-001 "7 + 8 =" --temperature 0
+      tokenloom generate smollm2-135m-instruct "Tell a story." --sampler top-h:alpha=0.4
+      tokenloom generate smollm2-135m-instruct "Count to fifty." --temperature 0 --draft token-recycling
       tokenloom generate my/model --prompts questions.jsonl -n 4 --seed 1 --out answers.jsonl
-    """
+    """  # fmt: skip
     from tokenloom.batch import Sampling
     from tokenloom.rollout.sampler import check_sampling
 
-    given = _prompts(prompt, prompts)
+    given = read_prompts(prompt, prompts)
     sampling = Sampling(temperature, top_k, top_p, max_tokens or DEFAULT_TOKENS, tuple(stop or ()), seed)
     check_sampling(sampling)
     if raw and (system or any(not isinstance(p, str) for p in given)):
         raise UsageError("--raw continues plain text; it goes with neither --system nor chat messages")
-    source = model_source(model)
-    screen, notes = console(), console(stderr=True)
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"there is no folder {out.parent} to write {out.name} into")
+    if (sampler or draft) and stop:
+        raise UsageError("--stop goes with neither --sampler nor --draft")
+    source = model_source(model)
+    methods = "+".join(sampler or ())
+    if methods or draft:
+        check_names(methods, draft)
+    screen, notes = console(), console(stderr=True)
     quiet_libraries(notes)
-    rollouts, texts, seconds = _sample(source, given, sampling, n, system, raw, notes, max_tokens is None)
-    lines = list(_lines(given, rollouts, texts))
+    asked = _Asked(source, given, sampling, n, system, raw, shorten=max_tokens is None)
+    streams = out is None and n == 1 and len(given) == 1 and interactive(screen)
+
+    def show(piece: str) -> None:
+        screen.print(Text(visible(piece)), end="", soft_wrap=True)
+
+    answer = _decoded(asked, methods, draft, notes, show if streams else None) if methods or draft else \
+        _sampled(asked, notes, show if streams else None)  # fmt: skip
     if out is not None:
-        out.write_text("".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines), encoding="utf-8", newline="\n")
-        notes.print(f"{len(lines)} responses in {out}")
+        text = "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in answer.lines)
+        out.write_text(text, encoding="utf-8", newline="\n")
+        notes.print(f"{len(answer.lines)} responses in {out}")
+    elif streams:
+        screen.print()
     else:
-        _show(given, lines, n, screen)
-    tokens = int(rollouts.mask.sum())
-    notes.print(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.0f} tok/s, "
-                f"seed {rollouts.sampling.seed}", style="dim")  # fmt: skip
+        _show(given, answer.lines, n, screen)
+    tokens = sum(line["tokens"] for line in answer.lines)
+    speed = f"{tokens:,} tokens in {answer.seconds:.1f} s, {tokens / max(answer.seconds, 1e-9):,.0f} tok/s"
+    notes.print(", ".join([speed, *answer.notes, f"seed {answer.seed}"]), style="dim")
 
 
-def _sample(
-    source: str, given: list[Prompt], sampling: Sampling, n: int, system: str | None, raw: bool, notes: Console,
-    shorten: bool,
-) -> tuple[Rollouts, list[str], float]:  # fmt: skip
-    from tokenloom.cli.stage import stage_progress
-    from tokenloom.policy import Policy
-    from tokenloom.rollout import generate as sample
-    from tokenloom.rollout.engine import model_positions
+@dataclass(frozen=True)
+class _Asked:
+    source: str
+    prompts: list[Prompt]
+    sampling: Sampling
+    copies: int
+    system: str | None
+    raw: bool
+    shorten: bool
 
-    policy = Policy.load(source)
-    ids = [policy.encode_prompt(p if raw else _chat(p, system)) for p in given]
-    positions = model_positions(policy)
-    if shorten and positions is not None:
+    def load(self) -> tuple[Any, list[list[int]], Sampling]:
+        """The policy, the prompts' ids, and the sampling at a length that fits the model."""
+        from tokenloom.policy import Policy
+        from tokenloom.rollout.engine import model_positions
+
+        policy = Policy.load(self.source)
+        encoded = [policy.encode_prompt(p if self.raw else chat(p, self.system)).tolist() for p in self.prompts]
+        positions = model_positions(policy)
+        if not self.shorten or positions is None:
+            return policy, encoded, self.sampling
         # Nobody asked for the default length, so it gives way to a small model's limit.
-        room = max(positions - max(len(i) for i in ids), 1)
-        sampling = replace(sampling, max_tokens=min(sampling.max_tokens, room))
+        room = max(positions - max(len(i) for i in encoded), 1)
+        return policy, encoded, replace(self.sampling, max_tokens=min(self.sampling.max_tokens, room))
+
+
+@dataclass
+class _Answer:
+    lines: list[dict[str, Any]]
+    seconds: float
+    seed: int | None
+    notes: list[str]
+
+
+def _sampled(asked: _Asked, notes: Console, show: Show | None) -> _Answer:
+    """By the engine that rollouts use."""
+    import time
+
+    from tokenloom.cli.stage import stage_progress
+    from tokenloom.decode.respond import text_pieces
+    from tokenloom.rollout import generate as sample
+
+    policy, ids, sampling = asked.load()
+    piece = text_pieces(policy.tokenizer)
     started = time.monotonic()
-    with stage_progress(notes, "generating", show=interactive(notes)) as report:
-        rollouts = sample(policy, ids, sampling, copies=n, progress=report, max_rows=64)
+    with stage_progress(notes, "generating", show=interactive(notes) and show is None) as report:
+        rollouts = sample(
+            policy, ids, sampling, copies=asked.copies, progress=report, max_rows=64,
+            on_tokens=None if show is None else lambda _row, new: show(piece(new)),
+        )  # fmt: skip
+    seconds = time.monotonic() - started
     rows = [rollouts.response(i).tolist() for i in range(len(rollouts))]
-    texts: list[str] = policy.tokenizer.batch_decode(rows, skip_special_tokens=True)
-    return rollouts, texts, time.monotonic() - started
-
-
-def _chat(prompt: Prompt, system: str | None) -> list[dict[str, str]]:
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
-    return ([{"role": "system", "content": system}] if system else []) + messages
-
-
-def _lines(given: list[Prompt], rollouts: Rollouts, texts: list[str]) -> Iterator[dict[str, Any]]:
-    for row, text in enumerate(texts):
-        line: dict[str, Any] = {"prompt": given[int(rollouts.group_ids[row])], "response": text}
-        line["tokens"] = int(rollouts.lengths[row])
+    lines = []
+    for row, text in enumerate(policy.tokenizer.batch_decode(rows, skip_special_tokens=True)):
+        line = {"prompt": asked.prompts[int(rollouts.group_ids[row])], "response": text, "tokens": len(rows[row])}
         if rollouts.truncated is not None:
             line["truncated"] = bool(rollouts.truncated[row])
         if rollouts.sampler_logprobs is not None:
             line["logprob"] = round(float(rollouts.sampler_logprobs[row][rollouts.mask[row]].sum()), 4)
-        yield line
+        lines.append(line)
+    return _Answer(lines, seconds, rollouts.sampling.seed if rollouts.sampling else None, [])
+
+
+def _decoded(asked: _Asked, methods: str, draft: str | None, notes: Console, show: Show | None) -> _Answer:
+    """By the loops and processors of `decode`."""
+    import torch
+
+    from tokenloom.cli.stage import stage_progress
+    from tokenloom.decode.respond import respond, text_pieces
+
+    policy, ids, sampling = asked.load()
+    decoding = decoding_of(policy, methods, draft, sampling)
+    seed = int(torch.randint(2**31, ())) if sampling.seed is None else sampling.seed
+    piece, shown = text_pieces(policy.tokenizer), False
+
+    def stream(new: list[int]) -> None:
+        nonlocal shown
+        shown = True
+        if show is not None:
+            show(piece(new))
+
+    with stage_progress(notes, "generating", show=interactive(notes) and show is None) as report:
+        found = respond(
+            policy, ids, decoding, copies=asked.copies, seed=seed, progress=report,
+            on_tokens=None if show is None else stream,
+        )  # fmt: skip
+    lines = []
+    for a in found.answers:
+        text = policy.tokenizer.decode(a.ids, skip_special_tokens=True)
+        line = {"prompt": asked.prompts[a.prompt], "response": text, "tokens": len(a.ids), "truncated": a.truncated}
+        lines.append({**line, "logprob": round(a.logprob * len(a.ids), 4)})
+    if show is not None and not shown:  # loops that decide late do not stream
+        show(lines[0]["response"])
+    counts = found.counts
+    extra = []
+    if "kept" in counts:
+        extra.append(f"{counts['kept']:,.1f} words left to choose from")
+    if counts.get("drafted"):
+        extra.append(f"{found.tokens / max(counts.get('forwards', 1), 1):.2f} tokens a forward")
+    return _Answer(lines, found.seconds, seed, extra)
 
 
 def _show(given: list[Prompt], lines: list[dict[str, Any]], n: int, out: Console) -> None:
@@ -131,35 +221,3 @@ def _show(given: list[Prompt], lines: list[dict[str, Any]], n: int, out: Console
         out.print(Text(visible(line["response"])), soft_wrap=True)
         if len(lines) > 1 and row % n == n - 1:
             out.print()
-
-
-def _prompts(prompt: str | None, file: Path | None) -> list[Prompt]:
-    if (prompt is None) == (file is None):
-        raise UsageError("give a PROMPT, or a file of them with --prompts; - as the PROMPT reads standard input")
-    if prompt is not None:
-        text = sys.stdin.read() if prompt == "-" else prompt
-        if not text.strip():
-            raise UsageError("the prompt is empty")
-        return [text]
-    assert file is not None
-    if not file.is_file():
-        raise UsageError(f"there is no file {file}")
-    lines = [x for x in file.read_text(encoding="utf-8-sig").split("\n") if x.strip()]
-    if not lines:
-        raise UsageError(f"{file} holds no prompts")
-    if file.suffix.lower() not in (".jsonl", ".ndjson"):
-        return [x.rstrip("\r") for x in lines]
-    return [_record(line, f"{file}, line {i}") for i, line in enumerate(lines, 1)]
-
-
-def _record(line: str, where: str) -> Prompt:
-    from tokenloom.tasks import Item
-
-    try:
-        record = json.loads(line)
-        if not isinstance(record, dict):
-            raise ValueError("expected an object")
-        item = Item(messages=record.get("messages"), prompt=record.get("prompt"))
-    except ValueError as error:
-        raise UsageError(f'{where}: {error}; a line is {{"prompt": "..."}} or {{"messages": [...]}}') from None
-    return list(item.messages) if item.messages is not None else item.prompt or ""

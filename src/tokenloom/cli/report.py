@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -35,7 +34,9 @@ def report(
     if _is_lab(run):
         if names:
             raise UsageError("--compare asks about a run's responses; a lab folder compares its methods already")
-        screen.print(f"leaderboard: {_leaderboard(run, out)}", soft_wrap=True)
+        from tokenloom.lab.bench import redraw
+
+        screen.print(f"leaderboard: {redraw(run, out)}", soft_wrap=True)
         return
     from tokenloom.report import write_report
     from tokenloom.report.terminal import print_summary
@@ -47,11 +48,3 @@ def report(
 
 def _is_lab(folder: Path) -> bool:
     return (folder / "results.json").is_file() and (folder / "cells").is_dir()
-
-
-def _leaderboard(folder: Path, out: Path | None) -> Path:
-    from tokenloom.lab import bench, leaderboard
-
-    held = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    payload = bench._payload(bench.Plan(**held["about"]["plan"]), held["records"], held["summary"])
-    return leaderboard.write(payload, folder / "index.html" if out is None else out)

@@ -128,6 +128,8 @@ class Loop:
     counted.
     """
 
+    batches: bool = True
+    """Whether it takes several rows at once."""
     draw: Draw | None = None
     streamer: Any = None
     last_run: Run | None = None
@@ -152,6 +154,11 @@ class Loop:
         """
         if model_kwargs.get("inputs_embeds") is not None or input_ids.shape[1] == 0:
             raise ValueError(f"{type(self).__name__} decodes from input_ids; prompts as embeddings are not taken")
+        if not self.batches and len(input_ids) > 1:
+            raise ValueError(
+                f"{type(self).__name__} decodes one row at a time and got {len(input_ids)}; call generate for each prompt "
+                "(tokenloom.decode.respond does)"
+            )
         if self.streamer is not None and len(input_ids) > 1:
             raise ValueError("a streamer shows one row; give one prompt and num_return_sequences=1")
         # Not a parameter of its own: `generate` would hand over twice what a signature names.

@@ -1,0 +1,65 @@
+"""Decoding methods on the command line, on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from cli.tiny_run import make_tiny_model
+from tokenloom.cli.app import app
+
+
+def call(*arguments: object) -> Result:
+    return CliRunner(env={"COLUMNS": "240"}).invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny_model(tmp_path_factory.mktemp("decoding"))
+
+
+def test_a_method_by_name_answers_and_says_what_it_left(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    result = call("generate", model, "1+1", "--sampler", "plain", "--top-k", 3, "-n", 2, "--seed", 1,
+                  "--max-tokens", 5, "--out", out)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "3.0 words left to choose from" in result.stderr
+    lines = [json.loads(x) for x in out.read_text(encoding="utf-8").splitlines()]
+    assert len(lines) == 2
+    assert all(1 <= x["tokens"] <= 5 and x["logprob"] <= 0 for x in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sampler", "plane"], "did you mean"),
+        (["--sampler", "plain:width=3"], "unknown parameter 'width'"),
+        (["--sampler", "plain", "--stop", "x"], "--stop goes with neither"),
+        (["--draft", "plain", "--sampler", "plain"], "name one"),
+    ],
+)
+def test_mistakes_are_named(model: Path, arguments: list[str], message: str) -> None:
+    result = call("generate", model, "1+1", *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr.replace("\n", " ")
+
+
+def test_samplers_side_by_side(model: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    result = call("compare-samplers", model, "plain", "plain+plain", "--prompt", "<b>1+1</b>", "--out", page)
+    assert result.exit_code == 2
+    result = call(
+        "compare-samplers", model, "plain", "--prompt", "<b>1+1</b>", "-n", 2, "--max-tokens", 8, "--out", page
+    )
+    assert result.exit_code == 0, result.output
+    assert "distinct 2-grams" in result.stdout
+    text = page.read_text(encoding="utf-8")
+    assert "&lt;b&gt;1+1&lt;/b&gt;" in text
+    assert "<b>1+1</b>" not in text
+    assert text.count("<small>") == 2
+    twice = call("compare-samplers", model, "plain", "plain", "--prompt", "x")
+    assert twice.exit_code == 2
+    assert "named twice" in twice.stderr
