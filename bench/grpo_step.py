@@ -45,9 +45,10 @@ def running_trainer(
     prompt_tokens: int,
     new_tokens: int,
     precision: str,
+    train: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Iterator[Trainer]:
-    """Tokenloom's trainer of this row with its defaults; `settings` update the recipe's `model` section."""
+    """Tokenloom's trainer with its defaults; `train` and `settings` update the recipe's `train` and `model` section."""
     from tokenloom.train.recipe import build_recipe
     from tokenloom.train.session import Session
 
@@ -72,7 +73,7 @@ def running_trainer(
                 },
                 "algorithm": {"preset": "grpo", "kl_coef": 0.0},
                 "rollout": {"prompts_per_step": groups, "group_size": group_size, "max_tokens": new_tokens},
-                "train": {"steps": _MANY, "learning_rate": LEARNING_RATE},
+                "train": {"steps": _MANY, "learning_rate": LEARNING_RATE, **(train or {})},
                 "log": {"tokens_every": 0},
             }
         )

@@ -46,8 +46,8 @@ def cut_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, weights: 
     """Apple's, in its exact forms."""
     from cut_cross_entropy import linear_cross_entropy
 
-    impl = "cce_exact" if hidden.is_cuda else "torch_compile"
-    losses: Tensor = linear_cross_entropy(hidden, weight, targets, reduction="none", impl=impl)
+    options = {"impl": "cce", "filter_eps": None} if hidden.is_cuda else {"impl": "torch_compile"}
+    losses: Tensor = linear_cross_entropy(hidden, weight, targets, reduction="none", **options)
     return -(weights * losses).sum()
 
 
@@ -59,9 +59,18 @@ def liger(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> T
     return -loss
 
 
+def compiled(hidden: Tensor, weight: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """The definition under torch.compile."""
+    import torch
+
+    loss: Tensor = torch.compile(naive)(hidden, weight, targets, weights)
+    return loss
+
+
 SIDES: dict[str, Callable[..., Tensor]] = {
     "tokenloom": tokenloom,
     "naive": naive,
+    "compiled": compiled,
     "cut_cross_entropy": cut_cross_entropy,
     "liger": liger,
 }

@@ -1,15 +1,17 @@
 """Peak memory of Tokenloom's GRPO step by what can be traded for it: moments, micro-batches, recomputation.
 
 4 prompts × 8 responses of 60 + 32 tokens, and 512 + 32; bf16 autocast over float32 weights. Every configuration runs
-in processes of its own, two steps each: the first one is no measure, since moments may appear only then.
+in processes of its own, two steps each: the first one is no measure, since moments may appear only then. What saves
+most is compared with TRL in its fastest settings.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
-from bench.grpo_step import SHAPES, SMALL
-from bench.harness import PEAK, SECONDS, Row, Side, Table, main
+from bench.grpo_step import FASTEST, INSTALL, SHAPES, SMALL, WHOLE, described, trl_settings
+from bench.harness import PEAK, SECONDS, Row, Side, Table, Target, main
 from bench.inputs import SMOLLM2
 
 STATES = {"float32": (), "bfloat16": (), "int8": ("bitsandbytes",)}
@@ -17,22 +19,30 @@ STATES = {"float32": (), "bfloat16": (), "int8": ("bitsandbytes",)}
 
 
 def rows(quick: bool) -> list[Row]:
-    """The defaults, then one thing changed at a time, then what saves most together."""
+    """The defaults, then one thing changed at a time, then what saves most together, that also beside TRL."""
     if quick:
-        return [_row("random-1024", SMALL, states="bfloat16")]
+        return [_row("random-1024", SMALL, states="bfloat16", recompute=True, peer=trl_settings(8, "sdpa"))]
     short, long = SHAPES["(1) short"], SHAPES["(2) long prompts"]
     made = [_row(SMOLLM2, short, states=states) for states in STATES]
     made += [_row(SMOLLM2, short, states="bfloat16", micro=micro) for micro in (256, 512)]
     made += [_row(SMOLLM2, short, states=states, recompute=True) for states in STATES]
-    return [*made, *(_row(SMOLLM2, long, states="bfloat16", recompute=recompute) for recompute in (False, True))]
+    made += [_row(SMOLLM2, long, states="bfloat16", recompute=recompute) for recompute in (False, True)]
+    peers = ((short, FASTEST["(1) short", "bf16"]), (short, WHOLE), (long, FASTEST["(2) long prompts", "bf16"]))
+    return [*made, *(_row(SMOLLM2, shape, states="bfloat16", recompute=True, peer=peer) for shape, peer in peers)]
 
 
-def _row(model: str, shape: dict[str, int], *, states: str, micro: int = 1024, recompute: bool = False) -> Row:
+def _row(
+    model: str,
+    shape: Mapping[str, int],
+    *,
+    states: str,
+    micro: int = 1024,
+    recompute: bool = False,
+    peer: Mapping[str, Any] | None = None,
+) -> Row:
+    work = {"model": model, **shape, "precision": "bf16", "warm_up": True}
     settings: dict[str, Any] = {
-        "model": model,
-        **shape,
-        "precision": "bf16",
-        "warm_up": True,
+        **work,
         "gradient_checkpointing": recompute,
         "train": {"optimizer_states": states, "micro_batch_tokens": micro},
     }
@@ -40,7 +50,11 @@ def _row(model: str, shape: dict[str, int], *, states: str, micro: int = 1024, r
     label += "; layers recomputed" if recompute else ""
     install = "install it with: pip install 'tokenloom[lowmem]'"
     side = Side("Tokenloom", "bench.grpo_step:tokenloom", settings, ("tokenloom", *STATES[states]), install)
-    return Row(label, (side,), runs=2, fresh=True)
+    if peer is None:
+        return Row(label, (side,), runs=2, fresh=True)
+    label += f"; TRL: {described(peer)}"
+    trl = Side("TRL", "bench.grpo_step:trl", {**work, **peer}, ("trl",), INSTALL)
+    return Row(label, (side, trl), runs=2, fresh=True, targets=(Target("peak_rss", "TRL", at_least=3.0),))
 
 
 TABLE = Table("memory", "Peak memory of a step", rows, (PEAK, SECONDS))

@@ -20,6 +20,8 @@ from bench.setup_vllm import INSTALL, PACKAGE, python
 from bench.vllm_side import CALL, ENVIRONMENT
 
 PROMPT_TOKENS, NEW_TOKENS = 60, 128
+DRAFT = 4
+"""Longest draft, where drafts are tried."""
 _WARM_TOKENS = 8
 
 
@@ -89,11 +91,14 @@ def rows(quick: bool) -> list[Row]:
         }
         ours = {**shared, "precision": precision}
         dtype = "bfloat16" if precision == "bf16" else "float32"
-        sides = (
+        sides: tuple[Side, ...] = (
             Side("Tokenloom", "bench.rollout:tokenloom", ours, ("tokenloom",)),
             Side("transformers", "bench.rollout:transformers", {**ours, "attention": "sdpa"}, ("transformers",)),
             Side("vLLM", CALL, {**shared, "dtype": dtype}, (PACKAGE,), INSTALL, python(), ENVIRONMENT),
         )
+        if count * copies == 1:
+            drafts = {**ours, "speculate": DRAFT}
+            sides += (Side("Tokenloom with drafts", "bench.rollout:tokenloom", drafts, ("tokenloom",)),)
         label = f"{count * copies} rows" if copies == 1 else f"{count} prompts × {copies} responses"
         made.append(Row(f"{label}, {precision}", sides, targets=_targets(count, copies)))
     return made

@@ -18,12 +18,20 @@ RESULTS = ROOT / "bench" / "results"
 
 def machine() -> dict[str, Any]:
     """Processor, cores, memory and system of this machine."""
+    graphics = _graphics()
     return {
+        **({"gpu": graphics} if graphics else {}),
         "processor": _processor(),
         "cores": os.cpu_count(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30),
         "system": f"{platform.system()} {platform.machine()}",
     }
+
+
+def _graphics() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else ""
 
 
 def commit() -> str:

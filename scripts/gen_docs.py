@@ -17,7 +17,8 @@ import torch
 from tokenloom import catalog
 from tokenloom.algorithm import Algorithm
 from tokenloom.batch import Rollouts
-from tokenloom.catalog import Hyperparameter, Method, Part, describe_type, parts
+from tokenloom.catalog import DECODING_STAGES, Hyperparameter, Method, Part, describe_type, parts
+from tokenloom.decode.registry import KINDS, decoders
 from tokenloom.signals import Signals, signal_example, signal_names
 from tokenloom.vocabulary import VOCABULARY
 
@@ -71,6 +72,7 @@ def method_page(method: Method) -> str:
         lines += ["```text", rest[1].strip("\n"), "```", ""]
     if method.preset is not None:
         lines += list(_preset_section(method))
+    lines += list(_decoder_section(method))
     for part in sorted(method.parts, key=lambda p: (p.stage, p.name)):
         lines += list(_part_section(part))
     return "\n".join(lines)
@@ -108,10 +110,35 @@ def _preset_section(method: Method) -> Iterator[str]:
     yield from _coefficient_section(algorithm)
 
 
+def _decoder_section(method: Method) -> Iterator[str]:
+    """How a decoding method is called: what `tokenloom.decode` builds under its name."""
+    for kind in KINDS:
+        found = decoders(kind).get(method.slug)
+        if found is None:
+            continue
+        objects = "".join(f", {name}=..." for name, required in found.inputs.items() if required)
+        call = {
+            "shaper": f'model.generate(**inputs, logits_processor=[decode.shaper("{found.slug}"{objects})])',
+            "loop": f'model.generate(**inputs, custom_generate=decode.loop("{found.slug}"{objects}))',
+        }.get(kind, f'decode.build("{kind}", "{found.slug}")')
+        yield from [f"## As a {kind}", "", "```python", "from tokenloom import decode", "", call, "```", ""]
+        if kind in ("shaper", "loop") and not set(objects.replace("=...", "").split(", ")) - {"", "model", "tokenizer"}:
+            command = f'tokenloom generate smollm2-135m-instruct "Tell me about rivers." --sampler {found.slug}'
+            yield from ["```bash", command, "```", ""]
+        yield from ["```text", inspect.getdoc(found.build) or "", "```", ""]
+        if found.parameters:
+            yield from _parameter_table(found.parameters)
+
+
 def _part_section(part: Part) -> Iterator[str]:
     yield from [f"## Part `{part.name}`", ""]
     yield from [f"Stage **{part.stage}**, scope **{part.scope}**, paper: {paper(part.paper)}", ""]
     yield from ["```text", inspect.getdoc(part.function) or "", "```", ""]
+    if part.stage in DECODING_STAGES:
+        yield from ["```python", f"{part.function.__name__}{inspect.signature(part.function)}", "```", ""]
+        if part.hyperparameters:
+            yield from _parameter_table(part.hyperparameters)
+        return
     yield from ["| it reads | which is |", "| --- | --- |"]
     for name, required in part.inputs.items():
         meaning = VOCABULARY.get(name) or f"signal `{name}`"

@@ -16,6 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from full_logits import full_logits_signals, ragged_rollouts
 from tiny_models import TINY, tiny_gpt2, tiny_llama, tiny_qwen2
 from tokenloom.catalog import parts
+from tokenloom.kernels import linear_logprobs
 from tokenloom.policy import ModelConfig, Policy
 from tokenloom.signals import CHUNK_SIGNALS, chunk_signal
 
@@ -110,6 +111,22 @@ def test_the_reference_stays_where_it_was() -> None:
     train_a_little(policy)
     assert float((logprobs(policy) - before).abs().max()) > 0.1
     torch.testing.assert_close(logprobs(policy, "ref_logprobs"), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("chunk_rows", [0, 3])
+def test_the_reference_takes_tiles_like_the_policy(chunk_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def noted(*args: Any, chunk: int, **kwargs: Any) -> Any:
+        asked.append(chunk)
+        return linear_logprobs(*args, chunk=chunk, **kwargs)
+
+    policy = Policy(tiny_llama(), config=small(chunk_rows=chunk_rows))
+    monkeypatch.setattr("tokenloom.policy.head.linear_logprobs", noted)
+    logprobs(policy, "ref_logprobs")
+    # A chosen size (0) stays one: Triton's kernels choose their own.
+    assert set(asked) == {chunk_rows}
+    assert policy.reference.head().chunk_rows == policy.head.chunk_rows
 
 
 def test_a_late_reference_is_read_from_disk_or_refused(tmp_path: Path) -> None:

@@ -252,6 +252,21 @@ def test_bf16_autocast_is_near_float32() -> None:
     assert 0 < float(errors.detach().mean()) < 5 * 20**0.5 * torch.finfo(torch.bfloat16).eps / 2
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_casts_are_not_kept_for_layers_that_are_recomputed(checkpointing: bool) -> None:
+    policy = Policy(tiny_llama(), config=small(autocast="bf16", gradient_checkpointing=checkpointing))
+    kept: list[tuple[bool, bool]] = []
+    policy.causal.model.layers[0].mlp.register_forward_pre_hook(
+        lambda *_: kept.append((torch.is_autocast_enabled("cpu"), torch.is_autocast_cache_enabled()))
+    )
+    policy.signals(ragged_rollouts(), ["logprobs"])
+    assert set(kept) == {(True, True)}
+    kept.clear()
+    policy.backward(policy.signals(ragged_rollouts(), ["logprobs"], grad=True).named()["logprobs"].sum())
+    # In the forward and, where there is one, in its repetition.
+    assert set(kept) == {(True, not checkpointing)}
+
+
 class LargestTensor(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()

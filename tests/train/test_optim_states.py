@@ -96,6 +96,17 @@ def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         one(torch.ones(2), settings("int8"))
 
 
+def test_a_missing_library_is_named_before_anything_is_loaded(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(optim.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("tokenloom.train.session.load_task", lambda _: pytest.fail("the task was loaded"))
+    recipe = tiny.recipe(train={"optimizer_states": "int8"})
+    with pytest.raises(ValueError, match=r"tokenloom\[lowmem\]"), Session(recipe, tmp_path / "run", []):
+        pass
+    assert not (tmp_path / "run").exists()
+
+
 # -- stochastic rounding ---------------------------------------------------------------------
 
 

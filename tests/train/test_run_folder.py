@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from tokenloom.report.jsonl import number
+from tokenloom.train.plain import write_yaml
+from tokenloom.train.recipe import differences
 from tokenloom.train.run import RunFolder, next_run_folder, rounded, write_text
 from train.setups import Tiny
 
@@ -134,6 +136,27 @@ def test_what_changed_is_named(tiny: Tiny, run: RunFolder) -> None:
     assert len(changed) == 4
     run.begin(other)
     assert run.changed(other) == {}
+
+
+def test_a_key_that_came_later_counts_with_its_default(tiny: Tiny, run: RunFolder) -> None:
+    recipe = tiny.recipe()
+    run.begin(recipe)
+    older = run.saved_recipe()
+    del older["train"]["optimizer_states"], older["log"]
+    write_text(run.path / "recipe.yaml", write_yaml(older))
+    assert "log.project" in differences(run.saved_recipe(), recipe.resolved())
+    changed = run.changed(tiny.recipe(log={"project": "tokenloom"}, train={"optimizer_states": "bfloat16", "steps": 3}))
+    assert changed["train.optimizer_states"] == ("float32", "bfloat16")
+    assert set(changed) <= {"train.optimizer_states", "log.tokens_every", "log.tokens_rows", "log.samples"}
+
+
+def test_a_key_that_is_gone_counts_as_changed(tiny: Tiny, run: RunFolder) -> None:
+    recipe = tiny.recipe()
+    run.begin(recipe)
+    older = run.saved_recipe()
+    older["train"]["warp"] = 9
+    write_text(run.path / "recipe.yaml", write_yaml(older))
+    assert run.changed(recipe) == {"train.warp": (9, None)}
 
 
 def test_the_next_folder_is_the_first_free(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from tokenloom.cli.guard import UsageError, guarded
 
 if TYPE_CHECKING:
     from tokenloom.catalog import Hyperparameter, Method
+    from tokenloom.decode.registry import Decoder
 
 
 @guarded
@@ -114,11 +115,23 @@ def _print_table(chosen: list[Method], out: Console) -> None:
     presets = sum(m.preset is not None for m in chosen)
     out.print(f"\n{len(chosen)} methods, {presets} of them with a preset.", style="dim")
     out.print(f"Train with a preset: {program()} train RECIPE algorithm=METHOD", style="dim")
+    out.print(f"Decode with a method: {program()} generate MODEL PROMPT --sampler METHOD", style="dim")
     out.print(f"Everything about one: {program()} methods METHOD", style="dim")
 
 
+def _decoders(method: Method) -> list[Decoder]:
+    """What `tokenloom.decode` builds under the method's name; importing it takes a moment, so only where it may."""
+    from tokenloom.catalog import DECODING_STAGES
+
+    if not set(method.stages) & set(DECODING_STAGES):
+        return []
+    from tokenloom.decode.registry import KINDS, decoders
+
+    return [decoders(kind)[method.slug] for kind in KINDS if method.slug in decoders(kind)]
+
+
 def _print_method(method: Method, out: Console) -> None:
-    from tokenloom.catalog import describe_type
+    from tokenloom.catalog import TRAINING_STAGES, describe_type
 
     out.print(method.slug, style="bold")
     rows: list[tuple[str, str | Text]] = [
@@ -128,6 +141,9 @@ def _print_method(method: Method, out: Console) -> None:
         rows.append(("preset", f"algorithm={method.slug}"))
         if method.preset.dialects:
             rows.append(("dialects", ", ".join(method.preset.dialects)))
+    built = _decoders(method)
+    if any(found.kind in ("shaper", "loop") for found in built):
+        rows.append(("on the command line", f"{program()} generate MODEL PROMPT --sampler {method.slug}"))
     pairs(out, rows)
     out.print()
     for line in method.document.splitlines():
@@ -148,7 +164,16 @@ def _print_method(method: Method, out: Console) -> None:
             out.print(f"  made of{'' if dialect == 'default' else f', dialect={dialect}'}:")
             for line in lines:
                 out.print(f"    {line}", soft_wrap=True)
-    if any(describe_type(h.annotation) == "a number" for p in method.parts for h in p.hyperparameters.values()):
+    for found in built:
+        out.print()
+        out.print(Text(f"{found.kind} {found.slug}", style="bold cyan"))
+        out.print(f"  {found.summary}")
+        if found.inputs:
+            taken = (n if required else f"{n} (may be left out)" for n, required in found.inputs.items())
+            out.print(f"  takes {', '.join(taken)}", style="dim")
+        _print_parameters(found.parameters, out)
+    training = [p for p in method.parts if p.stage in TRAINING_STAGES]
+    if any(describe_type(h.annotation) == "a number" for p in training for h in p.hyperparameters.values()):
         out.print("\nA schedule over the steps may stand wherever a number may.", style="dim")
 
 

@@ -61,7 +61,7 @@ class LogprobHead(nn.Module):
         vocabulary = int(model.config.get_text_config().vocab_size)
         self.chunk_rows = chunk_rows or max(16, 2**24 // vocabulary)
         # The fused form works in tiles of its own size unless told how many rows to take.
-        self._tile_rows = chunk_rows
+        self.tile_rows = chunk_rows
         self.fused = fused and _is_plain_linear(self.linear)
 
     def forward(
@@ -97,7 +97,7 @@ class LogprobHead(nn.Module):
                 temperature=temperature,
                 need_entropy=need_entropy,
                 top_k=top_k,
-                chunk=self._tile_rows,
+                chunk=self.tile_rows,
             )
 
         with _forward_is(linear, scored):

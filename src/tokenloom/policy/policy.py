@@ -24,6 +24,7 @@ from tokenloom.policy.forward import PaddedForward
 from tokenloom.policy.group_signals import hidden_by_token, run_group_signals
 from tokenloom.policy.head import LogprobHead
 from tokenloom.policy.interface import Forward, Gathered
+from tokenloom.policy.lean_training import forms_that_fit, lean_training
 from tokenloom.policy.needs import Needs
 from tokenloom.policy.own_logits import run_trunk, trunk_of
 from tokenloom.policy.reference import Reference
@@ -73,10 +74,13 @@ class Policy:
         if self.config.value_head is not None:
             size = int(self.causal.config.get_text_config().hidden_size)
             self.value_head = ValueHead(size, detach=self.config.value_head.detach, device=self.device)
+        forms = forms_that_fit(self.causal, torch.bfloat16 if self.config.autocast == "bf16" else None)
+        self._lean_forms = forms
         if self.config.gradient_checkpointing:
             model = self.causal
             enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-            enable({"use_reentrant": False})
+            # What is computed again, in the backward, must be the same code as the first time.
+            enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), lean_training(forms))})
         budget = self.config.token_budget or (2048 if self.device.type == "cpu" else 16384)
         padded = partial(PaddedForward, self.device, token_budget=budget)
         self.forward: Forward = padded()
@@ -164,7 +168,7 @@ class Policy:
                     if wanted.ref_logits:
                         reference.append(part)
         if wanted.policy:
-            with torch.set_grad_enabled(grad), self.autocast(), self._recomputing(grad):
+            with torch.set_grad_enabled(grad), self.autocast(), self._recomputing(grad), self._lean(grad):
                 parts = self.forward.gather(partial(run_trunk, self.trunk), rollouts)
                 if wanted.chunk_signals and not bool(rollouts.mask.any()):
                     # Nobody knows how wide a signal is before it has spoken once.
@@ -270,8 +274,14 @@ class Policy:
     def autocast(self) -> AbstractContextManager[Any]:
         """The number format of matrix products, for sampling and training alike."""
         if self.config.autocast == "bf16":
-            return torch.autocast(self.device.type, dtype=torch.bfloat16)
+            # Casts are kept until the context ends, a second copy of the weights. Layers that are computed again
+            # cast again, so what checkpointing is to save would go into casts that serve one product each.
+            recomputed = self.config.gradient_checkpointing and torch.is_grad_enabled()
+            return torch.autocast(self.device.type, dtype=torch.bfloat16, cache_enabled=not recomputed)
         return nullcontext()
+
+    def _lean(self, grad: bool) -> AbstractContextManager[None]:
+        return lean_training(self._lean_forms) if grad else nullcontext()
 
     @contextmanager
     def _recomputing(self, grad: bool) -> Iterator[None]:

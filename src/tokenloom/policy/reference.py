@@ -51,7 +51,7 @@ class Reference:
             return self._head
         if self._copy is None:
             frozen = self._initial_model().eval().requires_grad_(False)
-            self._copy = LogprobHead(frozen, chunk_rows=self._head.chunk_rows, fused=self._head.fused)
+            self._copy = LogprobHead(frozen, chunk_rows=self._head.tile_rows, fused=self._head.fused)
         return self._copy
 
     def _initial_model(self) -> nn.Module:

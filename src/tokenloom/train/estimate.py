@@ -8,6 +8,9 @@ keys and values are repeated; r bytes of the residual stream, a of products):
     4 r D  (two norms)  +  n a D  (inputs of products, n = 5 under autocast, else 2)  +  4 a F  (gate, up, act, product)
     +  4 a Q  (attention: query, key, value, result)
 
+On a CPU the lean forms of `policy.lean_training` keep half of the norms' share, three of the four inner ones, and one
+cast less.
+
 Not covered: verifiers (processes of their own), what writing a checkpoint copies, GPU libraries, chunk signals.
 Operations are counted as 2 per weight and token, three times that with a backward, four with recomputation.
 """
@@ -271,7 +274,10 @@ def _kept_bytes(recipe: Recipe, s: Shape) -> float:
     """What the backward keeps for one token, all layers together; see the module's docstring."""
     weight, product = (2 if recipe.model.dtype == "bfloat16" else 4), _product_bytes(recipe)
     inputs = 5 if product < weight else 2
-    layer = (4 * weight + inputs * product) * s.hidden + 4 * product * (s.inner + s.queries)
+    norms, inner = 4, 4
+    if loading.pick_device(None).type == "cpu":
+        norms, inner, inputs = 2, 3, inputs - (product < weight)
+    layer = (norms * weight + inputs * product) * s.hidden + product * (inner * s.inner + 4 * s.queries)
     if recipe.model.gradient_checkpointing:
         return s.layers * weight * s.hidden + layer
     return s.layers * layer

@@ -12,6 +12,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ import torch
 from filelock import FileLock, Timeout
 
 import tokenloom
+from tokenloom.train.errors import RecipeError
 from tokenloom.train.plain import read_yaml
-from tokenloom.train.recipe import Recipe, differences
+from tokenloom.train.recipe import Recipe, build_recipe, differences
 
 JSONL = ("metrics.jsonl", "timing.jsonl", "samples.jsonl", "tokens.jsonl")
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "safetensors", "reasoning-gym", "math-verify", "numpy")
@@ -137,9 +139,16 @@ class RunFolder:
         return loaded if isinstance(loaded, dict) else {}
 
     def changed(self, recipe: Recipe) -> dict[str, tuple[Any, Any]]:
-        """What differs between the saved recipe and this one; {} when nothing was saved."""
+        """What differs between the saved recipe and this one; {} when nothing was saved.
+
+        A key that did not exist yet when the run was begun had its default's effect.
+        """
         saved = self.saved_recipe()
-        return differences(saved, recipe.resolved()) if saved else {}
+        if not saved:
+            return {}
+        with suppress(RecipeError):  # for keys that are gone since: they count as changed
+            saved = build_recipe(saved, str(self.path), check_files=False).resolved()
+        return differences(saved, recipe.resolved())
 
 
 def next_run_folder(name: str, root: str | Path = "runs") -> Path:

@@ -6,11 +6,14 @@ from pathlib import Path
 from typing import Self
 
 from tokenloom.policy import Policy
+from tokenloom.policy.loading import pick_device
 from tokenloom.tasks import Verifier, load_task
 from tokenloom.train import checkpoint
+from tokenloom.train.allocator import keep_freed_memory
 from tokenloom.train.data import derive
 from tokenloom.train.events import Observer, Observers
 from tokenloom.train.loop import Outcome, Trainer
+from tokenloom.train.optim import check_installed
 from tokenloom.train.recipe import Recipe
 from tokenloom.train.run import RunFolder
 
@@ -21,6 +24,7 @@ class Session:
     Raises:
         ValueError: when the folder holds a run already and `resume` is not set, or its recipe differs and
             `force` is not set. With `force` the run goes on under the new recipe, which replaces the old one.
+            Also when the recipe needs a package that is not installed.
     """
 
     def __init__(
@@ -31,6 +35,7 @@ class Session:
 
     def __enter__(self) -> Self:
         try:
+            check_installed(self.recipe.train)
             self.run = RunFolder(self.path)
             begun = self.run.begun
             if begun and not self.resume:
@@ -51,7 +56,11 @@ class Session:
             self.verifier = Verifier(self.recipe.task)
             self.verifier.__enter__()
             self.observer.message(f"loading the model {self.recipe.model.name}")
-            policy = Policy.load(config=self.recipe.model, seed=derive(self.recipe.train.seed, "adapters"))
+            device = pick_device(None)
+            if device.type == "cpu":
+                keep_freed_memory()
+            seed = derive(self.recipe.train.seed, "adapters")
+            policy = Policy.load(config=self.recipe.model, device=device, seed=seed)
             self.trainer = Trainer(self.recipe, self.run, policy, task, self.verifier, self.observer)
             if self.resume:
                 step = self.trainer.restore()

@@ -1,0 +1,211 @@
+"""Speculative decoding without a draft model: tokens a second on reasoning that repeats itself, batches of 1 and 8.
+
+Every prompt is a worked exercise in steps and a further one of the same kind; each turn has numbers and names of its
+own, the same for all sides, so nothing has been answered before. Tables of followers and of n-grams stay from turn to
+turn, as the papers have it. No token ends a response: every row writes exactly `new_tokens`. One call over other
+prompts warms up.
+
+"plain" is Tokenloom's own loop of one token a forward. transformers' prompt look-up takes one row only; beside the
+batch stands its ordinary `generate`. The first `layers` layers of the model with its own head, not trained for it, are
+the draft model of assisted generation. bf16 means float32 weights under autocast for Tokenloom and bfloat16 weights
+for transformers, as in `bench.rollout`.
+
+`accepted` is the number of drafted tokens accepted in a row's forward, `nodes` that of those drafted.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from contextlib import nullcontext
+from typing import Any
+
+from bench.child import Turns
+from bench.harness import PEAK, Metric, Row, Side, Table, Target, main
+from bench.inputs import SMOLLM2, model_folder
+
+NEW_TOKENS = 128
+_WARM_TOKENS = 24
+_TEMPERATURE = 0.6
+_LAYERS = 10
+
+_NAMES = (
+    "Anna",
+    "Ben",
+    "Clara",
+    "David",
+    "Emma",
+    "Frank",
+    "Grace",
+    "Henry",
+    "Ida",
+    "Jack",
+    "Kate",
+    "Leo",
+    "Mia",
+    "Noah",
+)
+_THINGS = ["apples", "books", "coins", "pencils", "stamps", "marbles", "cards", "shells"]
+
+
+def exercise(draw: random.Random, solved: bool) -> str:
+    """One exercise, with its solution in steps or without."""
+    name, thing = draw.choice(_NAMES), draw.choice(_THINGS)
+    a, b, c = (draw.randint(11, 60) for _ in range(3))
+    text = (
+        f"Question: {name} has {a} {thing}. {name} buys {b} more {thing} and then buys {c} more {thing}. "
+        f"How many {thing} does {name} have?\nAnswer: Step 1: "
+    )
+    if solved:
+        text += (
+            f"{name} starts with {a} {thing}.\nStep 2: {name} buys {b} more {thing}, so {name} has {a} + {b} = {a + b} "
+            f"{thing}.\nStep 3: {name} buys {c} more {thing}, so {name} has {a + b} + {c} = {a + b + c} {thing}.\n"
+            f"The answer is {a + b + c}.\n\n"
+        )
+    return text
+
+
+def prompts(turn: int, count: int, same: bool) -> list[str]:
+    """`count` prompts of a turn, all of them one if `same`."""
+    draw = random.Random(turn)
+    made = [exercise(draw, True) + exercise(draw, False) for _ in range(1 if same else count)]
+    return made * (count if same else 1)
+
+
+def tokenloom(turns: Turns, *, loop: str, precision: str, **settings: Any) -> None:
+    """A loop of Tokenloom by name."""
+    import torch
+
+    from tokenloom import decode
+
+    made = decode.loop(loop)
+
+    def generate(model: Any, **given: Any) -> Any:
+        casts = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
+        with casts:
+            return model.generate(custom_generate=made, **given)
+
+    def counted(rows: int) -> dict[str, float]:
+        counts = made.last_run.counts if made.last_run else {}
+        if not counts.get("forwards"):
+            return {}
+        # A forward over B rows; rows end together here.
+        reads = counts["forwards"] * rows
+        return {"accepted": counts["accepted"] / reads, "nodes": counts["drafted"] / reads}
+
+    _measure(turns, generate, counted, dtype="float32", **settings)
+
+
+def transformers(turns: Turns, *, how: str, precision: str, **settings: Any) -> None:
+    """`generate` of transformers: "plain", "look-up" or "assisted"."""
+    import torch
+
+    options: dict[str, Any] = {"prompt_lookup_num_tokens": 10} if how == "look-up" else {}
+
+    def generate(model: Any, **given: Any) -> Any:
+        if how == "assisted" and not options:
+            options["assistant_model"] = _first_layers(model, _LAYERS)
+        with torch.no_grad():
+            return model.generate(**options, **given)
+
+    _measure(turns, generate, lambda rows: {}, dtype="bfloat16" if precision == "bf16" else "float32", **settings)
+
+
+def _first_layers(model: Any, count: int) -> Any:
+    """The model's first `count` layers under its own norm and head, which share its weights."""
+    import copy
+
+    shallow = copy.copy(model)
+    shallow._modules = dict(model._modules)
+    trunk = copy.copy(model.model)
+    trunk._modules = dict(model.model._modules)
+    trunk._modules["layers"] = model.model.layers[:count]
+    shallow._modules["model"] = trunk
+    shallow.config = trunk.config = copy.deepcopy(model.config)
+    shallow.config.num_hidden_layers = count
+    if getattr(shallow.config, "layer_types", None):
+        shallow.config.layer_types = shallow.config.layer_types[:count]
+    shallow.generation_config = copy.deepcopy(model.generation_config)
+    return shallow
+
+
+def _measure(
+    turns: Turns,
+    generate: Any,
+    counted: Any,
+    *,
+    dtype: str,
+    model: str,
+    rows: int,
+    same: bool,
+    sample: bool,
+    new_tokens: int,
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+    causal: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+    causal.generation_config.eos_token_id = None
+    tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    draws = {"do_sample": True, "temperature": _TEMPERATURE, "top_k": 0, "top_p": 1.0} if sample else {}
+    settings = draws or {"do_sample": False}
+
+    def once(turn: int, tokens: int) -> tuple[float, int]:
+        given = tokenizer(prompts(turn, rows, same), return_tensors="pt", padding=True)
+        set_seed(turn)
+        started = time.perf_counter()
+        out = generate(causal, **given, **settings, max_new_tokens=tokens, pad_token_id=tokenizer.pad_token_id)
+        return time.perf_counter() - started, (out.shape[1] - given["input_ids"].shape[1]) * rows
+
+    once(1_000, min(_WARM_TOKENS, new_tokens))
+    for number, _ in enumerate(turns):
+        seconds, tokens = once(number, new_tokens)
+        turns.report(seconds=seconds, tokens=tokens, tokens_per_second=tokens / seconds, **counted(rows))
+
+
+def rows(quick: bool) -> list[Row]:
+    """Greedy text of 1 and 8 different prompts, and sampled text of 1 and of 8 trajectories of the same."""
+    model, new_tokens = ("random-1024", 8) if quick else (SMOLLM2, NEW_TOKENS)
+    made = []
+    for sample, count in ((False, 1), (False, 8), (True, 1), (True, 8)):
+        shared = {
+            "model": str(model_folder(model)),
+            "rows": count,
+            "same": sample,
+            "sample": sample,
+            "new_tokens": new_tokens,
+            "precision": "bf16",
+        }
+        peers = ("look-up", "assisted", "plain") if count == 1 else ("plain",)
+        sides = (
+            Side("Token Recycling", "bench.speculative:tokenloom", {**shared, "loop": "token-recycling"}),
+            Side("STAND", "bench.speculative:tokenloom", {**shared, "loop": "stand"}),
+            Side("plain", "bench.speculative:tokenloom", {**shared, "loop": "plain"}),
+            *(
+                Side(
+                    f"transformers, {how}", "bench.speculative:transformers", {**shared, "how": how}, ("transformers",)
+                )
+                for how in peers
+            ),
+        )
+        label = f"{count} {'row' if count == 1 else 'rows'}, {'sampled' if sample else 'greedy'}"
+        wanted = 1.8 if count == 1 and not sample else 1.0
+        made.append(Row(label, sides, targets=(Target("tokens_per_second", "plain", at_least=wanted),)))
+    return made
+
+
+TABLE = Table(
+    "speculative",
+    "Speculative decoding",
+    rows,
+    (
+        Metric("tokens_per_second", "speed", "tokens/s", better="higher"),
+        Metric("accepted", "accepted", "tokens a forward", better="higher", compare=False),
+        Metric("nodes", "drafted", "tokens a forward", compare=False),
+        PEAK,
+    ),
+)
+
+if __name__ == "__main__":
+    main(TABLE)
