@@ -42,6 +42,14 @@ def test_a_record_holds_every_figure_and_is_json() -> None:
     assert record["learning"]["objective"] == again["learning"]["objective"]
 
 
+def test_steps_that_only_train_a_critic_are_left_out() -> None:
+    names = {bound.part.name for _, bound in cells.algorithm_of("vapo").bound_parts()}
+    assert "vapo" in names
+    assert "vapo/value-pretraining" not in names
+    assert "vapo/value-pretraining" in {b.part.name for _, b in Algorithm.from_recipe("vapo").bound_parts()}
+    assert run_cell(replace(CELL, method="vapo"))["gradient"]["cosine"]["value"] > 0
+
+
 def test_the_key_tells_apart_what_the_numbers_depend_on(tmp_path: Path) -> None:
     others = [
         replace(CELL, seed=1), replace(CELL, family="conflict"), replace(CELL, method="grpo"),

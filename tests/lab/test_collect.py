@@ -123,4 +123,27 @@ def test_extras_are_collected_when_a_part_asks() -> None:
     # 256 draws of the initial policy: five standard errors.
     assert abs(float(extras["reference_rewards"].mean()) - initial) < 5 * (initial * (1 - initial) / 256) ** 0.5
     assert batch.rows == 512
+
+
+@pytest.mark.parametrize("name", ["irreparable", "long-right"])
+def test_branches_estimate_the_value_of_the_state_they_leave(name: str) -> None:
+    task = families()[name].make(0)
+    algorithm = Algorithm.from_recipe({"preset": "segment-po", "samples": 2000, "every": 2})
+    batch = sampler(task, group_size=2).collect(algorithm, {})
+    rollouts = batch.rollouts
+    found, asked = rollouts.extras["segment_values"], algorithm.branches(rollouts)
+    assert asked is not None
+    assert torch.equal(found.isnan(), asked == 0)
+    at = places(task.tree, rollouts)[asked > 0]
+    values = solve(task.tree, task.logits, task.rewards).values.flatten()[at]
+    # Five standard errors of the mean of 2,000 coin flips.
+    assert float((found[asked > 0] - values).abs().max()) < 5 * 0.5 / 2000**0.5
+    different = len(at.unique())
+    assert different < len(at)
+    assert batch.rows == 8 + 2000 * different
+    assert 2000 * different <= batch.tokens - int(rollouts.lengths.sum()) <= 2000 * different * task.tree.horizon
+
+
+def test_nothing_else_is_collected_unasked() -> None:
+    task = families()["repairable"].make(0)
     assert not sampler(task).collect(Algorithm.from_recipe("rloo"), {}).rollouts.extras

@@ -47,6 +47,17 @@ def test_a_quick_look_prints_a_table_and_writes_page_and_numbers(invoke, tmp_pat
     assert len(list((out / "cells").glob("*.json"))) == 4
 
 
+def test_a_folder_is_drawn_anew_from_its_results(invoke, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    assert invoke("--quick", "--methods", "rloo", "--families", "spurious", "--out", "x").exit_code == 0
+    page = (tmp_path / "x" / "index.html").read_text(encoding="utf-8")
+    (tmp_path / "x" / "index.html").unlink()
+    assert bench.redraw(tmp_path / "x") == tmp_path / "x" / "index.html"
+    assert bench.redraw(tmp_path / "x", tmp_path / "other.html").read_text(encoding="utf-8") == page
+    (tmp_path / "x" / "results.json").write_text('{"about": {}}', encoding="utf-8")
+    with pytest.raises(ValueError, match="run tokenloom lab again"):
+        bench.redraw(tmp_path / "x")
+
+
 def test_json_goes_to_standard_output_alone(invoke) -> None:  # type: ignore[no-untyped-def]
     result = invoke("--quick", "--methods", "rloo", "--families", "conflict", "--seeds", "2", "--json", "--out", "x")
     assert result.exit_code == 0

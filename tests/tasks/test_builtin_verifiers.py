@@ -215,6 +215,25 @@ def test_math_sets_no_alarm() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "params", "response", "answer"),
+    [
+        ("exact", {}, " yes\n", "yes"),
+        ("number", {}, "it is 1,000.", "1000"),
+        ("number", {}, "no idea", None),
+        ("choice", {}, "Answer: (D)", "D"),
+        ("regex", {"pattern": r"a=(\S+)"}, "a=1 a=None", "None"),
+        ("regex", {"pattern": r"a=(\S+)"}, "b", None),
+        ("math", {}, "so $\\frac{1}{2}$", "\\frac{1}{2}"),
+        ("math", {}, "no idea", None),
+    ],
+)
+def test_an_item_without_a_label_earns_nothing_and_is_parsed(
+    name: str, params: dict[str, str], response: str, answer: str | None
+) -> None:
+    assert load(name)(response, Item(prompt="q"), **params) == (0.0, answer)
+
+
+@pytest.mark.parametrize(
     ("response", "extract", "found"),
     [
         ("so <answer> 3 </answer> or <answer>4</answer>", "tag", "4"),

@@ -84,6 +84,20 @@ def run_lab(plan: Plan, out: Path, *, workers: int | None = None, report: Report
     return summary
 
 
+def redraw(folder: Path, page: Path | None = None) -> Path:
+    """Draw the leaderboard of a laboratory folder anew from its `results.json`, into `page` or its index.html.
+
+    Raises:
+        ValueError: when the folder has no readable results.
+    """
+    try:
+        held = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        plan, records, summary = Plan(**held["about"]["plan"]), held["records"], held["summary"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{folder} holds no results of this laboratory ({error!r}); run tokenloom lab again") from None
+    return leaderboard.write(_payload(plan, records, summary), page or folder / "index.html")
+
+
 def _payload(plan: Plan, records: Sequence[dict[str, Any]], summary: dict[str, Any]) -> dict[str, Any]:
     algorithms = {name: algorithm_of(name) for name in sorted({r["method"] for r in records})}
     budgets = {

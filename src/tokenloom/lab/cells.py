@@ -22,6 +22,7 @@ from typing import Any, Literal
 import torch
 
 from tokenloom.algorithm import Algorithm
+from tokenloom.catalog import get_preset
 from tokenloom.lab.critic import Critic
 from tokenloom.lab.estimate import measure
 from tokenloom.lab.families import families
@@ -40,13 +41,13 @@ Kind = Literal["table", "transformer"]
 class Budget:
     """How much a cell may measure: batches for credit and gradient, sampled responses for learning."""
 
-    batches: int = 40
-    samples: int = 2560
+    batches: int = 28
+    samples: int = 1600
     group_size: int = 8
 
 
-FULL = {"table": Budget(), "transformer": Budget(batches=10, samples=960)}
-QUICK = {"table": Budget(batches=12, samples=640), "transformer": Budget(batches=6, samples=320)}
+FULL = {"table": Budget(), "transformer": Budget(batches=6, samples=640)}
+QUICK = {"table": Budget(batches=12, samples=640), "transformer": Budget(batches=4, samples=320)}
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,15 @@ class Cell:
 
 
 def algorithm_of(method: str) -> Algorithm:
-    """The composition of a method.
+    """The composition of a method. Steps that only train a critic are left out: the lab's begins at the exact values.
 
     Raises:
         ValueError: for an unknown preset.
     """
-    return oracle() if method == NAME else Algorithm.from_recipe(method)
+    if method == NAME:
+        return oracle()
+    waiting = "value_pretraining" in get_preset(method).parameters
+    return Algorithm.from_recipe({"preset": method} | ({"value_pretraining": 0} if waiting else {}))
 
 
 def kind_of(algorithm: Algorithm) -> Kind:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tokenloom.algorithm import Algorithm
 from tokenloom.batch import Rollouts, Sampling
 from tokenloom.lab.exact import law
-from tokenloom.lab.task import Task, prompt_tokens, spell
+from tokenloom.lab.task import Task, places, prompt_tokens, spell
 from tokenloom.masked import group_index, masked_sum, valid_positions
 
 ROUNDS = 4
@@ -59,7 +59,8 @@ class Sampler:
             drawn = self.draw(prompts, shape, step)
             rows, tokens = rows + len(drawn), tokens + int(drawn.lengths.sum())
             if not algorithm.refill:
-                return self._with_extras(Batch(drawn, rows, tokens), algorithm)
+                branches = algorithm.branches(drawn, step=step, total_steps=total_steps)
+                return self._with_extras(Batch(drawn, rows, tokens), algorithm, branches, shape)
             keep = algorithm.keep(drawn, state, step=step, total_steps=total_steps)
             chosen = torch.unique(drawn.group_ids[keep])[: self.task.prompts - groups]
             part = drawn.rows(torch.isin(drawn.group_ids, chosen).nonzero().reshape(-1))
@@ -69,12 +70,16 @@ class Sampler:
                 groups += count
             if groups == self.task.prompts:
                 break
-        return self._with_extras(Batch(Rollouts.concat(kept or [drawn]), rows, tokens), algorithm)
+        joined = Rollouts.concat(kept or [drawn])
+        branches = algorithm.branches(joined, step=step, total_steps=total_steps)
+        return self._with_extras(Batch(joined, rows, tokens), algorithm, branches, shape)
 
-    def draw(self, prompts: Tensor, shape: Shape | None = None, step: int = 0) -> Rollouts:
-        """A scored response to each of `prompts` [B] int64."""
+    def draw(
+        self, prompts: Tensor, shape: Shape | None = None, step: int = 0, begun: tuple[Tensor, Tensor] | None = None
+    ) -> Rollouts:
+        """A scored response to each of `prompts` [B] int64; `begun`: tokens [B, H] and how many of them are given."""
         tree = self.task.tree
-        tokens, lengths = self._tokens(prompts, shape)
+        tokens, lengths = self._tokens(prompts, shape, begun)
         mask = valid_positions(lengths, tree.horizon)
         at = prompts[:, None] * tree.states + tree.states_of(tokens)
         end = tree.vocab - 1 if tree.end else -1
@@ -95,7 +100,9 @@ class Sampler:
             policy_version=torch.full_like(lengths, step),
         )
 
-    def _tokens(self, prompts: Tensor, shape: Shape | None) -> tuple[Tensor, Tensor]:
+    def _tokens(
+        self, prompts: Tensor, shape: Shape | None, begun: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
         """[B, H] tokens, 0 beyond the end, and lengths [B]."""
         tree = self.task.tree
         uniforms = torch.rand(len(prompts), tree.horizon, generator=self.generator, dtype=torch.float64)
@@ -108,6 +115,8 @@ class Sampler:
                 cumulative = law(shape(self.logits[at]).to(torch.float64)).cumsum(-1)
             # The last sum may round to below 1, and a uniform number may lie between.
             token = (uniforms[:, depth, None] >= cumulative).sum(-1).clamp(max=tree.vocab - 1)
+            if begun is not None:
+                token = torch.where(depth < begun[1], begun[0][:, depth], token)
             columns.append(token)
             number = number * tree.branching + token.clamp(max=tree.branching - 1)
         tokens = torch.stack(columns, -1)
@@ -117,8 +126,10 @@ class Sampler:
         before = ends.cumsum(-1) - ends
         return tokens * (before == 0), (before == 0).sum(-1)
 
-    def _with_extras(self, batch: Batch, algorithm: Algorithm) -> Batch:
-        """What parts read besides the responses: where the answer stands, how the reference answers."""
+    def _with_extras(self, batch: Batch, algorithm: Algorithm, branches: Tensor | None, shape: Shape | None) -> Batch:
+        """What parts read besides the responses: where the answer stands, how the reference answers, and how further
+        responses end that branch off before a token.
+        """
         extras: dict[str, Tensor] = {}
         rollouts, rows, tokens = batch.rollouts, batch.rows, batch.tokens
         if "answer_mask" in algorithm.rollout_needs:
@@ -131,4 +142,26 @@ class Sampler:
             assert reference.rewards is not None
             extras["reference_rewards"] = reference.rewards
             rows, tokens = rows + len(reference), tokens + int(reference.lengths.sum())
+        if branches is not None:
+            extras["segment_values"], more = self._segment_values(rollouts, branches, shape)
+            rows, tokens = rows + more.rows, tokens + more.tokens
         return Batch(rollouts.replace(extras=extras), rows, tokens) if extras else batch
+
+    def _segment_values(self, rollouts: Rollouts, branches: Tensor, shape: Shape | None) -> tuple[Tensor, Batch]:
+        """[B, T] mean reward of `branches` [B, T] responses that go on from before a token, NaN where there are none.
+
+        Rows that share a prefix share them, as many as the row with the most asks for, as in the trainer.
+        """
+        row, position = branches.nonzero(as_tuple=True)
+        state, where = torch.unique(places(self.task.tree, rollouts)[row, position], return_inverse=True)
+        count = torch.zeros_like(state).scatter_reduce_(0, where, branches[row, position], "amax")
+        one = torch.zeros_like(state).scatter_(0, where, torch.arange(len(row)))
+        each = torch.arange(len(state)).repeat_interleave(count)
+        prompts = torch.tensor([meta["prompt"] for meta in rollouts.prompts or ()])
+        from_row, start = row[one][each], position[one][each]
+        drawn = self.draw(prompts[from_row], shape, begun=(rollouts.tokens[from_row], start))
+        assert drawn.rewards is not None
+        total = torch.zeros(len(state), dtype=drawn.rewards.dtype).index_add_(0, each, drawn.rewards)
+        values = torch.full(rollouts.mask.shape, float("nan"), dtype=total.dtype)
+        values[row, position] = (total / count)[where]
+        return values, Batch(drawn, len(drawn), int((drawn.lengths - start).sum()))

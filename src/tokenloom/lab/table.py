@@ -23,8 +23,8 @@ CHUNK_INPUTS = {"logits", "ref_logits", "targets"}
 """What a table can hand to a chunk signal; it has no hidden states and no attention."""
 
 
-STEP_LENGTH = 2.0
-"""How far a batch moves all logits together. 32 rows visit some 150 states: about 0.15 nats each. Half of it takes
+STEP_LENGTH = 3.0
+"""How far a batch moves all logits together. 32 rows visit some 150 states: about 0.25 nats each. Half of it takes
 twice as many samples to learn, and twice of it half as many, with the methods in nearly the same order."""
 
 

@@ -30,10 +30,10 @@ from tokenloom.signals import Signals
 LARGEST = 4096
 """Complete responses of a tree that a transformer may enumerate at every step."""
 
-STEP_LENGTH = 0.1
+STEP_LENGTH = 0.15
 """How far a batch moves all weights: far enough to learn within the budget, not so far that prompts are lost."""
 
-_IMITATION_STEPS, _IMITATION_ROWS, _IMITATION_RATE = 100, 128, 1e-2
+_IMITATION_STEPS, _IMITATION_ROWS, _IMITATION_RATE = 60, 64, 1e-2
 
 
 class TransformerPolicy:

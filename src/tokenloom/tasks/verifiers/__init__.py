@@ -1,6 +1,7 @@
 """Verifiers by name: plain functions `(response, item, **params) -> reward | (reward, answer)`.
 
-A reward of 1 means right. Built-in ones are one file each; users' own are named by import path.
+A reward of 1 means right. Built-in ones are one file each; users' own are named by import path. An item whose answer
+is None has no label: the parsed answer is given with a reward of 0, for methods that let the responses vote.
 """
 
 from __future__ import annotations

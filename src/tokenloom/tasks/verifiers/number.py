@@ -31,6 +31,8 @@ def verify(response: str, item: Item, *, tolerance: float = 0.0) -> tuple[float,
     Raises:
         ValueError: when the expected answer holds no number.
     """
+    if item.answer is None:
+        return 0.0, last_number(response)
     expected_text = last_number(str(item.answer))
     expected = None if expected_text is None else value_of(expected_text)
     if expected is None:

@@ -23,17 +23,17 @@ def verify(response: str, item: Item, *, strict: bool = True) -> tuple[float, st
         ValueError: when the expected answer holds no expression.
     """
     parse, equivalent = _library()
+    target = parse(response, parsing_timeout=None)
+    answer = str(target[-1]) if target else None
+    if item.answer is None:
+        return 0.0, answer
     text = str(item.answer).strip()
     gold: list[Any] = []
     for written in (text, f"${text}$"):
         gold = gold or parse(written, parsing_timeout=None)
-    if item.answer is None or not gold:
+    if not gold:
         raise ValueError(f"the expected answer {text[:80]!r} holds no mathematical expression")
-    target = parse(response, parsing_timeout=None)
-    if not target:
-        return 0.0, None
-    right = equivalent(gold, target, strict=strict, timeout_seconds=None)
-    return float(right), str(target[-1])
+    return float(bool(target) and equivalent(gold, target, strict=strict, timeout_seconds=None)), answer
 
 
 def prepare() -> None:
