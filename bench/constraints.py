@@ -20,7 +20,6 @@ from typing import Any
 
 from bench.child import Turns
 from bench.harness import ROOT, Metric, Row, Side, Table, main
-from bench.inputs import SMOLLM2, model_folder
 
 JSON_SCHEMA = {
     "type": "object",
@@ -88,7 +87,13 @@ def ours(turns: Turns, *, model: str, task: str, mode: str, predicate: bool, lim
             turns.report(seconds=seconds)
             continue
         counts = loop.last_run.counts
-        _report(turns, seconds, counts["tokens"], counts["constraint_calls"])
+        _report(
+            turns,
+            seconds,
+            counts["tokens"],
+            counts["constraint_calls"],
+            masks_per_token=counts["masks"] / counts["tokens"],
+        )
 
 
 def genlm(turns: Turns, *, model: str, task: str, limit: int, particles: int) -> None:
@@ -124,8 +129,8 @@ def genlm(turns: Turns, *, model: str, task: str, limit: int, particles: int) ->
             _report(turns, time.perf_counter() - started, sum(len(c) for c in found.contexts), calls)
 
 
-def _report(turns: Turns, seconds: float, tokens: float, calls: float) -> None:
-    turns.report(seconds=seconds, tokens_per_second=tokens / seconds, calls_per_token=calls / tokens)
+def _report(turns: Turns, seconds: float, tokens: float, calls: float, **more: float) -> None:
+    turns.report(seconds=seconds, tokens_per_second=tokens / seconds, calls_per_token=calls / tokens, **more)
 
 
 def table_law(prefix: Sequence[int]) -> list[float]:
@@ -251,6 +256,8 @@ def table_genlm(turns: Turns, *, particles: int, repeats: int) -> None:
 
 def rows(quick: bool) -> list[Row]:
     """The two tasks and the table."""
+    from bench.inputs import SMOLLM2, model_folder  # not at the top: genlm-control's environment has no tokenloom
+
     limit, particles, repeats = (4, 2, 5) if quick else (LIMIT, PARTICLES, 300)
     folder = str(model_folder(SMOLLM2))
     made = []
@@ -287,6 +294,7 @@ METRICS = (
     Metric("seconds", "time", "s"),
     Metric("tokens_per_second", "speed", "tokens/s", better="higher"),
     Metric("calls_per_token", "calls a token", compare=False),
+    Metric("masks_per_token", "masks a token", compare=False),
     Metric("kl", "KL to the true law", "nats", compare=False),
 )
 TABLE = Table("constraints", "Constrained sampling", rows, METRICS)

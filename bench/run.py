@@ -23,7 +23,8 @@ from rich.console import Console
 from bench import page, store
 from bench.harness import Row, Side, SideFailed, Table, alternate, missing
 
-TABLES = ("grpo-step", "grpo-profile", "trl-settings", "memory", "scaling", "rollout", "logprobs", "step")
+TABLES = ("grpo-step", "grpo-profile", "trl-settings", "memory", "scaling", "rollout", "logprobs",
+          "logprobs-gpu", "step", "speculative", "constraints", "processors")  # fmt: skip
 """All tables, in the order of the page; the module of `grpo-step` is `bench.grpo_step`."""
 
 console = Console()

@@ -328,7 +328,8 @@ def signature_inputs(
         ValueError: for a name outside the vocabulary or a hyperparameter without a default.
     """
     try:
-        hints = typing.get_type_hints(function)
+        # The parameters of a class are those of its constructor.
+        hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
     except NameError as error:
         raise ValueError(
             f"{name!r}: an annotation cannot be read ({error}); import it at run time, not under TYPE_CHECKING"

@@ -63,3 +63,32 @@ def test_samplers_side_by_side(model: Path, tmp_path: Path) -> None:
     twice = call("compare-samplers", model, "plain", "plain", "--prompt", "x")
     assert twice.exit_code == 2
     assert "named twice" in twice.stderr
+
+
+@pytest.mark.parametrize("watermark", ["distortion-free-watermark:key=42", "green-list-watermark:key=7,delta=8"])
+def test_a_watermark_written_is_found_and_another_key_is_not(model: Path, tmp_path: Path, watermark: str) -> None:
+    out = tmp_path / "out.jsonl"
+    result = call(
+        "generate", model, "1+1", "--sampler", watermark, "--seed", 1, "-n", 8, "--max-tokens", 80, "--out", out
+    )
+    assert result.exit_code == 0, result.output
+    text = max((json.loads(x)["response"] for x in out.read_text(encoding="utf-8").splitlines()), key=len)
+    out.write_text(json.dumps({"text": text}), encoding="utf-8")
+    key = watermark.partition(",delta")[0]
+
+    def p_value(named: str) -> float:
+        found = call("detect-watermark", model, named, "--texts", out)
+        assert found.exit_code == 0, found.output
+        return float(found.stdout.split()[-1])
+
+    assert p_value(key) <= 0.01
+    assert p_value(key.rpartition("=")[0] + "=1") > 0.01
+
+
+def test_texts_to_examine_are_checked(model: Path, tmp_path: Path) -> None:
+    assert "give a TEXT" in call("detect-watermark", model, "green-list-watermark").stderr
+    assert "did you mean" in call("detect-watermark", model, "green-list", "x").stderr
+    (tmp_path / "bad.jsonl").write_text("[]\n", encoding="utf-8")
+    wrong = call("detect-watermark", model, "green-list-watermark", "--texts", tmp_path / "bad.jsonl")
+    assert wrong.exit_code == 2
+    assert "bad.jsonl, line 1" in wrong.stderr.replace("\n", "")

@@ -43,3 +43,8 @@ def test_values_are_yaml_and_nothing_more() -> None:
         specs.made(Spec("plain", {"x": "!!python/object:os.system []"}), specs.find(Spec("plain", {})), {})
     with pytest.raises(ValueError, match="unknown parameter 'x'"):
         specs.made(Spec("plain", {"x": "1"}), specs.find(Spec("plain", {})), {})
+
+
+def test_of_two_forms_the_one_that_can_be_built_is_taken() -> None:
+    assert specs.find(Spec("token-alignment", {})).kind == "loop"
+    assert specs.find(Spec("distortion-free-watermark", {})).kind == "shaper"

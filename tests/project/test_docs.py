@@ -46,10 +46,14 @@ def fences(page: Path, *languages: str) -> Iterator[str]:
             yield body
 
 
-def test_python_snippets_run(tmp_path: Path) -> None:
-    """The snippets of a page are one program, in their order. One process for all pages: importing torch is slow."""
+@pytest.mark.parametrize("folder", ["", pytest.param("docs/decoding/", marks=pytest.mark.slow)])
+def test_python_snippets_run(folder: str, tmp_path: Path) -> None:
+    """The snippets of a page are one program, in their order. One process for all pages: importing torch is slow.
+
+    The pages that show every decoding method take minutes.
+    """
     programs = []
-    for page in PAGES:
+    for page in [p for p in PAGES if name(p).startswith("docs/decoding/") == bool(folder)]:
         if snippets := list(fences(page, "python")):
             programs.append(tmp_path / f"{name(page).replace('/', '-')}.py")
             programs[-1].write_text("\n".join(snippets), encoding="utf-8")
@@ -57,7 +61,7 @@ def test_python_snippets_run(tmp_path: Path) -> None:
     runner = "import runpy, sys\nfor path in sys.argv[1:]: runpy.run_path(path, run_name='__main__')"
     done = subprocess.run(
         [sys.executable, "-W", "error::DeprecationWarning:__main__", "-c", runner, *map(str, programs)],
-        cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
+        cwd=tmp_path, capture_output=True, text=True, timeout=900 if folder else 120, check=False,
         env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

@@ -33,7 +33,8 @@ def literals(text: str) -> Iterator[tuple[int, str]]:
 def offences(text: str) -> list[tuple[int, str]]:
     """Strings that name a part exactly, or that have the slug of a preset among their words."""
     presets = set(catalog.presets())
-    names = set(catalog.parts()) | set(catalog.methods())
+    # A temperature is a quantity before it is a method.
+    names = (set(catalog.parts()) | set(catalog.methods())) - {"temperature"}
     return [
         (line, value)
         for line, value in literals(text)

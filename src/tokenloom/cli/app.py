@@ -9,8 +9,11 @@ import typer
 
 from tokenloom.cli.catalog import methods
 from tokenloom.cli.compare_samplers import compare_samplers
+from tokenloom.cli.detect_watermark import detect_watermark
+from tokenloom.cli.distill import distill
 from tokenloom.cli.doctor import doctor
 from tokenloom.cli.evaluate import evaluate
+from tokenloom.cli.fit_head import fit_head
 from tokenloom.cli.generate import generate
 from tokenloom.cli.lab import lab
 from tokenloom.cli.recipes import recipes
@@ -47,6 +50,9 @@ for function, name in (
     (tokens, "tokens"),
     (generate, "generate"),
     (compare_samplers, "compare-samplers"),
+    (detect_watermark, "detect-watermark"),
+    (distill, "distill"),
+    (fit_head, "fit-head"),
     (methods, "methods"),
     (recipes, "recipes"),
     (lab, "lab"),

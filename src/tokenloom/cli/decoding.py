@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tokenloom.cli.guard import UsageError
@@ -10,6 +13,8 @@ from tokenloom.cli.models import model_source
 if TYPE_CHECKING:
     from tokenloom.batch import Sampling
     from tokenloom.decode.respond import Decoding
+
+log = logging.getLogger(__name__)
 
 
 def decoding_of(policy: Any, methods: str, draft: str | None, sampling: Sampling) -> Decoding:
@@ -25,19 +30,20 @@ def decoding_of(policy: Any, methods: str, draft: str | None, sampling: Sampling
     from tokenloom.decode.respond import Decoding
 
     objects = {"model": policy.model, "tokenizer": policy.tokenizer}
+    load = partial(load_object, policy)
     shapers: list[Any] = []
     loops: list[tuple[str, Any]] = []
     if sampling.temperature not in (0, 1):
         shapers.append(TemperatureLogitsWarper(sampling.temperature))
     for spec in specs.parse(methods) if methods else []:
         found = specs.find(spec)
-        made = specs.made(spec, found, objects, load_object)
+        made = specs.made(spec, found, objects, load)
         if found.kind == "loop":
             loops.append((spec.slug, made))
         else:
             shapers.append(made)
     for spec in specs.parse(draft) if draft else []:
-        loops.append((spec.slug, specs.made(spec, specs.find(spec, ("loop",)), objects, load_object)))
+        loops.append((spec.slug, specs.made(spec, specs.find(spec, ("loop",)), objects, load)))
     if len(loops) > 1:
         raise UsageError(f"{' and '.join(name for name, _ in loops)} each decide how decoding goes on; name one")
     if sampling.top_k:
@@ -65,12 +71,45 @@ def check_names(methods: str, draft: str | None = None) -> None:
         raise UsageError(str(error)) from None
 
 
-def load_object(name: str, text: str) -> Any:
-    """What a method's parameter `name` stands for: `file.py:function`, `module:function`, or else a model."""
-    if ":" in text:
+def load_object(policy: Any, name: str, text: str) -> Any:
+    """What a method's parameter `name` stands for.
+
+    `file.py:function` or `module:function`; a file of a head (.safetensors), laid on the model of `policy`; any other
+    file, as its path; else a model, or for a parameter that asks for one its tokenizer. How good a student or a head
+    was on held-out data is logged, if it is known.
+
+    Raises:
+        ValueError: when there is no such thing.
+    """
+    if name in ("probe", "gauge"):  # these methods read their own files
+        return text
+    if text.lower().endswith(".safetensors"):
+        from tokenloom.decode.heads import load_head, quality_beside
+
+        head = load_head(text, policy.model)
+        _tell(name, text, quality_beside(text))
+        return head
+    if Path(text).is_file():
+        return text
+    # A Windows path has a colon, too, behind the letter of its drive.
+    if ":" in text[2:]:
         from tokenloom.tasks.importing import import_target
 
         return import_target(text)
+    source = model_source(text)
+    if name.endswith("tokenizer"):
+        from tokenloom.policy.loading import load_tokenizer, resolve
+
+        return load_tokenizer(resolve(source))
+    from tokenloom.decode.pair_quality import QUALITY_FILE, Quality
     from tokenloom.policy import Policy
 
-    return Policy.load(model_source(text)).model
+    model = Policy.load(source).model
+    if (Path(source) / QUALITY_FILE).is_file():
+        _tell(name, text, Quality.load(Path(source)))
+    return model
+
+
+def _tell(name: str, text: str, quality: Any) -> None:
+    if quality is not None:
+        log.info("%s %s, held out: %s", name, text, quality.line())

@@ -1,4 +1,4 @@
-"""Decoding methods by name: what builds a logits processor, a generate loop, a drafter, a verifier or a constraint.
+"""Decoding methods by name: what builds a processor, a generate loop, a drafter, a verifier, a constraint, a detector.
 
 A builder is a class or function in a module of `tokenloom.decode`, registered by `@decoder(slug, kind=...)`. Its
 keyword-only parameters are hyperparameters (number, text, truth value), checked by name and type; its positional ones
@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from tokenloom.catalog import Hyperparameter, check_parameters, parts, signature_inputs, suggest
 
-Kind = Literal["shaper", "loop", "drafter", "verifier", "constraint"]
+Kind = Literal["shaper", "loop", "drafter", "verifier", "constraint", "detector"]
 B = TypeVar("B", bound=Callable[..., Any])
 
 

@@ -90,6 +90,11 @@ def respond(
     Raises:
         ValueError: when the loop refuses what it is given.
     """
+    if (returned := getattr(decoding.loop, "returned", 1)) != 1:
+        raise ValueError(
+            f"{type(decoding.loop).__name__} would return {returned} sequences a prompt; several "
+            "answers are asked for by `copies` here"
+        )
     rows = [(i, prompt) for i, prompt in enumerate(prompts) for _ in range(copies)]
     at_once = decoding.batch if getattr(decoding.loop, "batches", True) else 1
     loop, kept = decoding.loop, _Kept()

@@ -156,8 +156,8 @@ class Loop:
             raise ValueError(f"{type(self).__name__} decodes from input_ids; prompts as embeddings are not taken")
         if not self.batches and len(input_ids) > 1:
             raise ValueError(
-                f"{type(self).__name__} decodes one row at a time and got {len(input_ids)}; call generate for each prompt "
-                "(tokenloom.decode.respond does)"
+                f"{type(self).__name__} decodes one row at a time and got {len(input_ids)}; call generate for each "
+                "prompt (tokenloom.decode.respond does)"
             )
         if self.streamer is not None and len(input_ids) > 1:
             raise ValueError("a streamer shows one row; give one prompt and num_return_sequences=1")

@@ -164,7 +164,7 @@ class ModelSession:
     def try_nodes(self, tokens: Tensor, parents: Tensor) -> Tensor:
         """See `Session`."""
         self._tried = tokens.to(self.device)
-        return self._forward(self._tried, parents.to(self.device), last=tokens.shape[1])
+        return self._forward(self._tried, parents, last=tokens.shape[1])
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
         """See `Session`."""
@@ -278,9 +278,11 @@ def _ancestry(parents: Tensor | None, n: int, device: torch.device) -> tuple[Ten
     """Depth [B or 1, n] of each node and, for node i, which nodes j it descends from or is, [B or 1, n, n]."""
     if parents is None:
         return torch.arange(n, device=device)[None], torch.ones(1, n, n, dtype=torch.bool, device=device).tril()
-    seen = torch.eye(n, dtype=torch.bool, device=device).repeat(len(parents), 1, 1)
-    rows = torch.arange(len(parents), device=device)
-    for i in range(n):  # parents come before their children
-        parent = parents[:, i]
-        seen[:, i] |= seen[rows, parent.clamp(min=0)] & (parent != ROOT)[:, None]
-    return seen.sum(-1) - 1, seen
+    # Where the parents lie, commonly the CPU: a step up for all nodes at once, as often as the tree is deep.
+    seen = torch.eye(n, dtype=torch.bool, device=parents.device).repeat(len(parents), 1, 1)
+    above = parents
+    while bool((inside := above != ROOT).any()):
+        at = above.clamp(min=0)
+        seen.scatter_(2, at[:, :, None], inside[:, :, None] | seen.gather(2, at[:, :, None]))
+        above = torch.where(inside, parents.gather(1, at), ROOT)
+    return (seen.sum(-1) - 1).to(device), seen.to(device)

@@ -50,6 +50,7 @@ def rule_shaper(part: Part) -> Callable[..., LogitsProcessor]:
     optional = [name for name, needed in part.inputs.items() if not needed]
 
     def build(**parameters: Any) -> LogitsProcessor:
+        part.function(torch.full((1, 2), 0.5), **parameters)  # impossible parameters are told now
         return wrapper(lambda given: part.function(given, **parameters))
 
     assert not optional, f"{part.name}: a rule that is a shaper by itself takes nothing but {list(part.inputs)}"

@@ -47,14 +47,18 @@ def parse(text: str) -> list[Spec]:
 
 
 def find(spec: Spec, kinds: tuple[Kind, ...] = ("shaper", "loop")) -> Decoder:
-    """The decoder a spec names, of the first of `kinds` that has it.
+    """The decoder a spec names, of the first of `kinds` that has it; before others, one that lacks no object.
 
     Raises:
         ValueError: when there is none.
     """
-    for kind in kinds:
-        if spec.slug in decoders(kind):
-            return decoders(kind)[spec.slug]
+    found = [decoders(kind)[spec.slug] for kind in kinds if spec.slug in decoders(kind)]
+    at_hand = {"model", "tokenizer", "vocabulary", *spec.given}
+    for decoder in found:
+        if {name for name, required in decoder.inputs.items() if required} <= at_hand:
+            return decoder
+    if found:
+        return found[0]
     known = {slug for kind in kinds for slug in decoders(kind)}
     raise ValueError(f"unknown {' or '.join(kinds)} {spec.slug!r}{suggest(spec.slug, known)}")
 

@@ -1,0 +1,193 @@
+"""AWRS with sequential Monte Carlo: strings of the model's law given a constraint, with few constraint calls.
+
+Each prompt gets N particles. A step draws a token for each by `methods.decoding.awrs`, multiplies the particle's weight
+by the unbiased estimate of the valid mass, and resamples when the weights have become too uneven. The result of a row
+is drawn by the final weights; `posteriors` keeps all particles and the estimate of the normalizing constant.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tokenloom.decode.constraints.protocol import allowed, describe, ending_with
+from tokenloom.decode.registry import decoder
+from tokenloom.decode.run import Loop, Run
+from tokenloom.methods.decoding.awrs import awrs_token
+from tokenloom.methods.decoding.awrs_resampling import effective_size, log_mean_exp, multinomial, systematic
+from tokenloom.methods.decoding.locally_constrained import masked_token
+
+
+@dataclass
+class Particle:
+    """A string with its log weight; `session_row` is where its state lies while it is live."""
+
+    tokens: list[int] = field(default_factory=list)
+    log_weight: float = 0.0
+    log_twist: float = 0.0
+    done: bool = False
+    session_row: int = -1
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """What is known of a prompt's strings given the constraint: weighted strings and the constant."""
+
+    strings: list[list[int]]
+    log_weights: Tensor
+    """[N], unnormalized."""
+
+    @property
+    def log_normalizer(self) -> float:
+        """log of the estimated mass of valid strings (times the critic's mean over them); -inf when none was found."""
+        return log_mean_exp(self.log_weights)
+
+    def law(self) -> dict[tuple[int, ...], float]:
+        """The estimated law of strings; empty when none was found."""
+        if self.log_normalizer == -math.inf:
+            return {}
+        law: dict[tuple[int, ...], float] = {}
+        for string, weight in zip(self.strings, self.log_weights.softmax(0).tolist(), strict=True):
+            if weight > 0:
+                law[tuple(string)] = law.get(tuple(string), 0.0) + weight
+        return law
+
+
+@decoder("awrs", kind="loop")
+class Awrs(Loop):
+    """Sampling from the model's law given a constraint, by adaptive weighted rejection and resampled particles.
+
+    `critic(tokens) -> log weight` multiplies the law further; resampling uses its value at every prefix, and the final
+    law its value of whole strings. Without valid strings a row is the longest prefix found, and its weight -inf.
+
+    particles: strings per prompt. ess: resample when the effective size falls below this share of them; 0 never does,
+    and asks the critic at the end only. mode: how a token is found, see the rule; "mask" asks about all tokens, which
+    makes the weight exact. at_limit: "end" makes the end token come within the length limit, "cut" keeps what was cut.
+    """
+
+    def __init__(
+        self,
+        constraint: Any,
+        critic: Any = None,
+        *,
+        particles: int = 8,
+        ess: float = 0.5,
+        resampling: Literal["systematic", "multinomial"] = "systematic",
+        mode: Literal["auto", "recursive", "geometric", "improper", "mask"] = "auto",
+        max_accepts: int = 2,
+        max_rejects: int | None = None,
+        at_limit: Literal["end", "cut"] = "end",
+    ) -> None:
+        if particles < 1 or not 0 <= ess <= 1:
+            raise ValueError(f"awrs: particles must be at least 1 and ess between 0 and 1, got {particles} and {ess}")
+        self.constraint, self.critic = constraint, critic
+        self.particles, self.ess, self.at_limit = particles, ess, at_limit
+        self.mode, self.max_accepts, self.max_rejects = mode, max_accepts, max_rejects
+        self.resample = systematic if resampling == "systematic" else multinomial
+        self.posteriors: list[Posterior] = []
+        """Of each row of the last call."""
+
+    def rows(self, run: Run) -> list[list[int]]:
+        """See `Loop`.
+
+        Raises:
+            ValueError: without sampling, or when no token that the model gives mass to may come first.
+        """
+        if not run.sample:
+            raise ValueError("awrs samples; call generate with do_sample=True, or use the loop 'locally-constrained'")
+        constraint = ending_with(self.constraint, run.eos)
+        run.counts |= {"constraint_calls": 0, "masks": 0, "tokens": 0, "resamplings": 0}
+        swarms = [[Particle() for _ in range(self.particles)] for _ in range(len(run))]
+        live = [(row, p) for row, swarm in enumerate(swarms) for p in swarm]
+        with run.session([row for row, _ in live]) as session:
+            scores = session.start()
+            while True:
+                logws = run.shaped([r for r, _ in live], [p.tokens for _, p in live], scores).double().cpu()
+                for place, (row, particle) in enumerate(live):
+                    particle.session_row = place
+                    self._extend(run, constraint, row, particle, logws[place].log_softmax(-1))
+                for row in dict.fromkeys(row for row, _ in live):
+                    swarms[row] = self._resampled(run, swarms[row])
+                live = [(row, p) for row, swarm in enumerate(swarms) for p in swarm if not p.done]
+                if not live:
+                    break
+                session.branch([p.session_row for _, p in live])
+                scores = session.step(torch.tensor([p.tokens[-1] for _, p in live]))
+        self.posteriors = [Posterior([p.tokens for p in swarm], _weights(swarm)) for swarm in swarms]
+        return [self._chosen(run, row) for row in range(len(run))]
+
+    def _extend(self, run: Run, constraint: Any, row: int, particle: Particle, logw: Tensor) -> None:
+        """One token for a particle, or its end."""
+        prefix = particle.tokens
+        if self.at_limit == "end" and len(prefix) == run.limit - 1:
+            ends = torch.full_like(logw, -torch.inf)
+            ends[list(run.eos)] = logw[list(run.eos)]
+            logw = ends
+        token, log_weight = self._token(run, constraint, prefix, logw)
+        run.counts["tokens"] += 1
+        particle.log_weight += log_weight
+        if log_weight == -math.inf:
+            if not prefix and not bool(allowed(constraint, prefix, logw.exp()).any()):
+                raise ValueError(f"{describe(constraint)} allows no first token that the model gives mass to")
+            particle.done = True
+            return
+        _, particle.done = run.until_stop(row, prefix, [token])
+        particle.tokens = [*prefix, token]
+        if self.critic is not None and (particle.done or self.ess > 0):
+            twist = float(self.critic(particle.tokens))
+            particle.log_weight += twist - particle.log_twist
+            particle.log_twist = twist
+            particle.done |= twist == -math.inf
+
+    def _token(self, run: Run, constraint: Any, prefix: list[int], logw: Tensor) -> tuple[int, float]:
+        if float(logw.max()) == -math.inf:
+            return -1, -math.inf
+        if self.mode == "mask":
+            run.counts["constraint_calls"] += int((logw > -torch.inf).sum())
+            return masked_token(logw, allowed(constraint, prefix, logw.exp()), run.draw)
+
+        def accept(token: int) -> bool:
+            run.counts["constraint_calls"] += 1
+            return bool(constraint.accept(prefix, token))
+
+        def rest() -> Tensor:
+            run.counts["masks"] += 1
+            return allowed(constraint, prefix, logw.exp())
+
+        has_mask = callable(getattr(constraint, "mask", None))
+        return awrs_token(
+            logw,
+            accept,
+            run.draw,
+            rest=rest if has_mask else None,
+            mode=self.mode,
+            max_accepts=self.max_accepts,
+            max_rejects=self.max_rejects,
+        )
+
+    def _resampled(self, run: Run, swarm: list[Particle]) -> list[Particle]:
+        weights = _weights(swarm)
+        size = effective_size(weights)
+        if size == 0 or size >= self.ess * len(swarm) or all(p.done for p in swarm):
+            return swarm
+        run.counts["resamplings"] += 1
+        mean = log_mean_exp(weights)
+        parents = [swarm[i] for i in self.resample(weights, run.draw)]
+        return [Particle(p.tokens, mean, p.log_twist, p.done, p.session_row) for p in parents]
+
+    def _chosen(self, run: Run, row: int) -> list[int]:
+        found = self.posteriors[row]
+        if found.log_normalizer == -math.inf:
+            chosen = max(found.strings, key=len)
+        else:
+            chosen = found.strings[run.draw.categorical(found.log_weights.softmax(0))]
+        run.stream(row, chosen)
+        return chosen
+
+
+def _weights(swarm: list[Particle]) -> Tensor:
+    return torch.tensor([p.log_weight for p in swarm], dtype=torch.float64)

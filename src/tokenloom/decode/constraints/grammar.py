@@ -1,0 +1,186 @@
+"""JSON schemas, regular expressions and context-free grammars as constraints, through llguidance.
+
+llguidance (the extra "constraints") walks the tokenizer's trie along a parser, so `mask` costs little more than
+`accept`. Its tokens come from our bytes of the tokenizer, not from its own reading of it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Collection, Sequence
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenloom.decode.registry import decoder
+from tokenloom.decode.token_bytes import ByteVocabulary
+
+_KEPT = 256
+
+
+class _Matched:
+    """A grammar's matcher, with one state for each prefix seen lately."""
+
+    def __init__(self, tokenizer: Any, lark: str, name: str) -> None:
+        if tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no end token; set tokenizer.eos_token")
+        lib = _llguidance()
+        self.name = name
+        self.eos: frozenset[int] = frozenset([tokenizer.eos_token_id])
+        vocabulary = ByteVocabulary(tokenizer)
+        # An unused id keeps the vocabulary's last token from standing for the end.
+        own_end = len(vocabulary)
+        made = lib.LLTokenizer(lib.TokenizerWrapper(_Tokens(vocabulary, own_end)))
+        # Without this, text that the grammar leaves no choice about is allowed in one tokenization only.
+        grammar = lib.LLMatcher.grammar_from_lark(f'%llguidance {{"no_forcing": true}}\n{lark}')
+        error = lib.LLMatcher.validate_grammar(grammar, made)
+        if error and not error.startswith("WARNING"):
+            raise ValueError(f"{name} cannot be read: {error.strip()}")
+        self._end = own_end
+        self._pieces = vocabulary.pieces
+        self._twins = _twins(vocabulary.pieces)
+        self._start = lib.LLMatcher(made, grammar, log_level=0)
+        self._states: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+
+    def with_eos(self, eos: Collection[int]) -> Any:
+        """The same for other end tokens."""
+        other = copy(self)
+        other.eos = frozenset(eos)
+        return other
+
+    def accept(self, prefix: Sequence[int], token: int) -> bool:
+        """Whether `token` may follow `prefix`."""
+        state = self._state(tuple(prefix))
+        if state is None:
+            return False
+        if token in self.eos:
+            return bool(state.is_accepting())
+        if token >= len(self._pieces) or self._pieces[token] is None:
+            return False
+        return bool(state.validate_tokens([token]) == 1)
+
+    def mask(self, prefix: Sequence[int]) -> Tensor:
+        """[V] bool: what may follow `prefix`, all tokens at once."""
+        state = self._state(tuple(prefix))
+        size = max(len(self._pieces), max(self.eos) + 1)
+        keep = torch.zeros(size, dtype=torch.bool)
+        if state is None:
+            return keep
+        if not state.is_stopped():
+            bias = torch.frombuffer(bytearray(state.compute_logit_bias()), dtype=torch.uint8)
+            keep[: len(self._pieces)] = bias[: len(self._pieces)] > 0
+            # llguidance marks one of several tokens with the same bytes.
+            for group in self._twins:
+                keep[group] = bool(keep[group].any())
+        keep[list(self.eos)] = bool(state.is_accepting())
+        return keep
+
+    def _state(self, prefix: tuple[int, ...]) -> Any:
+        """The matcher behind `prefix`, None where the grammar does not go."""
+        if not prefix:
+            return self._start
+        if prefix in self._states:
+            self._states.move_to_end(prefix)
+            return self._states[prefix]
+        before = self._state(prefix[:-1])
+        state = None
+        if before is not None and self.accept(prefix[:-1], prefix[-1]) and prefix[-1] not in self.eos:
+            state = before.deep_copy()
+            state.consume_token(prefix[-1])
+            if state.is_error():
+                raise RuntimeError(f"{self.name}: {state.get_error()}")
+        self._states[prefix] = state
+        if len(self._states) > _KEPT:
+            self._states.popitem(last=False)
+        return state
+
+
+@decoder("json-schema", kind="constraint")
+class JsonSchemaConstraint(_Matched):
+    """Text that is JSON after a schema (JSON Schema as text or as a dictionary)."""
+
+    def __init__(self, tokenizer: Any, *, schema: str | dict[str, Any] = "{}") -> None:
+        """Read the schema.
+
+        Raises:
+            ImportError: without llguidance, naming the extra that brings it.
+            ValueError: for a schema that cannot be read.
+        """
+        name = f"the JSON schema {_short(schema)}"
+        try:
+            read = json.loads(schema) if isinstance(schema, str) else schema
+        except ValueError as error:
+            raise ValueError(f"{name} cannot be read: {error}") from None
+        super().__init__(tokenizer, f"start: %json {json.dumps(read)}", name)
+
+
+@decoder("regex", kind="constraint")
+class RegexConstraint(_Matched):
+    """Text that a regular expression matches as a whole (Rust's syntax: no back-references, no look-around)."""
+
+    def __init__(self, tokenizer: Any, *, pattern: str = ".*") -> None:
+        """Read the pattern.
+
+        Raises:
+            ImportError: without llguidance, naming the extra that brings it.
+            ValueError: for a pattern that cannot be read or that no text matches.
+        """
+        written = json.loads(_llguidance().LLMatcher.grammar_from_regex(pattern))
+        lark = written["grammars"][0]["lark_grammar"]
+        super().__init__(tokenizer, lark, f"the pattern {_short(pattern)}")
+
+
+@decoder("grammar", kind="constraint")
+class GrammarConstraint(_Matched):
+    """Text of a context-free grammar in Lark's notation, whose first rule is named `start`."""
+
+    def __init__(self, tokenizer: Any, *, lark: str = "start: /(.|\\n)*/") -> None:
+        """Read the grammar.
+
+        Raises:
+            ImportError: without llguidance, naming the extra that brings it.
+            ValueError: for a grammar that cannot be read.
+        """
+        super().__init__(tokenizer, lark, f"the grammar {_short(lark)}")
+
+
+class _Tokens:
+    """What llguidance asks of a tokenizer."""
+
+    def __init__(self, vocabulary: ByteVocabulary, end: int) -> None:
+        self.eos_token_id, self.bos_token_id = end, None
+        # Marks tokens that no text contains, as llguidance itself writes them.
+        self.tokens = [b"\xff<%d>" % i if piece is None else piece for i, piece in enumerate(vocabulary.pieces)]
+        self.tokens.append(b"\xff<end>")
+        self.special_token_ids = [i for i, piece in enumerate(vocabulary.pieces) if piece is None] + [end]
+        self._vocabulary = vocabulary
+
+    def __call__(self, text: bytes | str) -> list[int]:
+        data = text.encode() if isinstance(text, str) else text
+        return self._vocabulary.trie.longest(data)
+
+
+def _twins(pieces: Sequence[bytes | None]) -> list[list[int]]:
+    groups: dict[bytes, list[int]] = {}
+    for i, piece in enumerate(pieces):
+        if piece is not None:
+            groups.setdefault(piece, []).append(i)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _llguidance() -> Any:
+    try:
+        import llguidance
+    except ImportError:
+        raise ImportError(
+            "JSON schemas, patterns and grammars need llguidance: python -m pip install 'tokenloom[constraints]'"
+        ) from None
+    return llguidance
+
+
+def _short(text: Any) -> str:
+    shown = str(text)
+    return shown if len(shown) <= 60 else shown[:57] + "..."

@@ -1,0 +1,1 @@
+"""Drafters of speculative decoding, one module each; `tokenloom.decode.build("drafter", name, ...)` makes them."""

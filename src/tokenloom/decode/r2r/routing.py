@@ -1,0 +1,131 @@
+"""The routing loop: two sessions, the small model's at every token, the large one's where it is asked.
+
+When any row asks, the large model reads what all live rows have written since, in one forward, so that the rows of a
+batch stay together; only rows that asked take its token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenloom.decode.registry import decoder
+from tokenloom.decode.run import Loop, Run
+from tokenloom.decode.session import Session, open_session
+from tokenloom.methods.decoding.r2r import Router, route, route_by_entropy
+
+
+@decoder("r2r", kind="loop")
+class R2R(Loop):
+    """The model writes, `large` (a model with the same tokenizer) is asked where `router` says so.
+
+    Without a router it is asked where the model's entropy is above `entropy` nats. `threshold` is the router's. After a
+    call, `last_run.counts` has the share of tokens that the large model wrote, `usage`.
+    """
+
+    def __init__(
+        self, large: Any, router: Router | None = None, *, threshold: float = 0.5, entropy: float = 0.45
+    ) -> None:
+        self.large, self.router = large, router
+        self.threshold, self.entropy = threshold, entropy
+
+    def rows(self, run: Run) -> list[list[int]]:
+        """See `Loop`."""
+        generated: list[list[int]] = [[] for _ in range(len(run))]
+        live = list(range(len(run)))
+        asked = written = 0
+        options: dict[str, Any] = {} if self.router is None else {"output_hidden_states": True}
+        with run.session(**options) as small, ExitStack() as stack:
+            reader = _Reader(self.large, stack)
+            scores = small.start()
+            while True:
+                news = [generated[r] for r in live]
+                chosen = run.choose(live, news, scores)
+                routed = self._routed(small, scores, chosen)
+                if bool(routed.any()):
+                    answers = reader.read([[*run.prompts[r], *generated[r]] for r in live])
+                    _check_vocabularies(scores, answers)
+                    at = routed.nonzero()[:, 0].tolist()
+                    better = run.choose([live[i] for i in at], [news[i] for i in at], answers[at])
+                    for i, token in zip(at, better, strict=True):
+                        chosen[i] = token
+                asked += int(routed.sum())
+                written += len(live)
+                run.counts |= {"usage": asked / written, "large_forwards": float(reader.forwards)}
+                running = []
+                for place, (row, token) in enumerate(zip(live, chosen, strict=True)):
+                    _, stopped = run.until_stop(row, generated[row], [token])
+                    generated[row].append(token)
+                    run.stream(row, [token])
+                    if not stopped:
+                        running.append(place)
+                if not running:
+                    return generated
+                if len(running) < len(live):
+                    small.branch(running)
+                    reader.branch(running)
+                live = [live[i] for i in running]
+                scores = small.step(torch.tensor([chosen[i] for i in running]))
+
+    def _routed(self, small: Session, scores: Tensor, chosen: Sequence[int]) -> Tensor:
+        if self.router is None:
+            return route_by_entropy(scores.float(), threshold=self.entropy)
+        if not 0 < self.threshold <= 1:  # one of the two models alone
+            return torch.full((len(scores),), self.threshold <= 0, device=scores.device)
+        hidden = last_hidden(small, [len(row) for row in small.rows])
+        top = scores.float().topk(self.router.shape["top"], -1).values
+        device = self.router.combine.weight.device
+        tokens = torch.tensor(list(chosen), device=device)
+        with torch.no_grad():
+            found = self.router.eval()(hidden.to(device), top.to(device), tokens)
+        return route(found, threshold=self.threshold).to(scores.device)
+
+
+class _Reader:
+    """The large model, which reads what it has not read when it is asked, and nothing before it is asked at all."""
+
+    def __init__(self, model: Any, stack: ExitStack) -> None:
+        self._model, self._stack = model, stack
+        self._session: Session | None = None
+        self.forwards = 0
+
+    def read(self, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Scores [B, V] of what follows each text; all have grown since they were read last."""
+        self.forwards += 1
+        if self._session is None:
+            self._session = self._stack.enter_context(open_session(self._model, texts))
+            scores = self._session.start()
+        else:
+            rows = self._session.rows
+            scores = self._session.extend([list(t[len(row) :]) for t, row in zip(texts, rows, strict=True)])
+        assert [list(t) for t in texts] == self._session.rows, "the large model missed tokens"
+        return scores
+
+    def branch(self, rows: Sequence[int]) -> None:
+        """Go on with these rows."""
+        if self._session is not None:
+            self._session.branch(rows)
+
+
+def last_hidden(session: Session, lengths: Sequence[int]) -> Tensor:
+    """The hidden states [B, D] of each row's last token, after the final norm, from the session's last forward."""
+    states: Tensor = session.output.hidden_states[-1]  # type: ignore[attr-defined]  # of model sessions
+    rows = [tuple(row) for row in session.rows]
+    if states.shape[:2] == (len(rows), 1):
+        return states[:, 0]
+    # The forward of the prompts: each distinct one once, filled up on the right.
+    distinct = list(dict.fromkeys(rows))
+    at = torch.tensor([distinct.index(row) for row in rows], device=states.device)
+    return states[at, torch.tensor(list(lengths), device=states.device) - 1]
+
+
+def _check_vocabularies(small: Tensor, large: Tensor) -> None:
+    if small.shape[-1] != large.shape[-1]:
+        raise ValueError(
+            f"r2r: the models score {small.shape[-1]} and {large.shape[-1]} tokens; they need the same tokenizer, and "
+            "heads of the same width"
+        )

@@ -1,0 +1,427 @@
+"""Speculative decoding: a drafter guesses a tree of tokens behind each row, the model reads all of it in one pass, and
+a verifier accepts a path, so that the law of the text is the model's own.
+
+A round: drafts behind the last token of each row, one forward over that token and its drafts, the longest path that
+the verifier accepts, and one more token. Rows accept paths of different lengths. Every node's scores go through the
+processors with its own prefix. As many nodes are drafted as pay (`tokenloom.decode.cost`): none when none do.
+
+`Speculative(drafter, verifier)` takes any of both; the named loops below are the published pairs. Counted in
+`last_run.counts`: forwards, tokens, drafted and accepted nodes, rounds with drafts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tokenloom.decode.cost import CostCurve, best_size, curve_for
+from tokenloom.decode.drafters.base import EMPTY, NOTHING, Ask, Drafter, Drawing, Round, likeliest
+from tokenloom.decode.drafters.shapes import Chances, Shape
+from tokenloom.decode.registry import build, decoder
+from tokenloom.decode.run import Loop, Run
+from tokenloom.decode.session import ROOT, Session
+from tokenloom.decode.verifiers import Verifier
+from tokenloom.methods.decoding.draft_tree import DraftTree
+from tokenloom.methods.decoding.speculative_sampling import greedy
+
+_MOST = 80
+_PAUSES = (4, 64)
+"""Rounds without drafts before a few are tried again: at first, and at most."""
+_TRIED = 2
+_PLAIN_EVERY = 32
+"""Rounds with drafts after which one without shows again what that takes."""
+
+
+@decoder("speculative", kind="loop")
+class Speculative(Loop):
+    """Any drafter with any verifier that takes its drafts, by name or as `build("drafter", ...)` makes them.
+
+    Without a verifier: recursive rejection where the drafter can say what it draws from, else prompt-lookup's.
+    `nodes` fixes the size of the trees; by default it follows the measured cost.
+
+    Raises:
+        ValueError: for a pair that does not fit.
+    """
+
+    def __init__(self, drafter: Any, verifier: Any = None, *, nodes: int | None = None) -> None:
+        self.drafter: Drafter = build("drafter", drafter) if isinstance(drafter, str) else drafter
+        if verifier is None:
+            verifier = "recursive-rejection" if getattr(self.drafter, "draws", False) else "prompt-lookup"
+        self.verifier: Verifier = build("verifier", verifier) if isinstance(verifier, str) else verifier
+        if not isinstance(self.drafter, Drafter) or not isinstance(self.verifier, Verifier):
+            raise ValueError(
+                f'speculative takes a drafter and a verifier, by name or from decode.build("drafter", name) and '
+                f'decode.build("verifier", name); got {drafter!r} and {verifier!r}'
+            )
+        if self.verifier.drawing != "given" and not self.drafter.draws:
+            raise ValueError(
+                f"verifier {self.verifier.slug!r} needs the law that drafts were drawn from, and drafter "
+                f"{self.drafter.slug!r} looks them up; use verifier 'prompt-lookup' with it"
+            )
+        if nodes is not None and nodes < 0:
+            raise ValueError(f"speculative: nodes is the size of the drafts, 0 or more; got {nodes}")
+        own, allowed = self.drafter.branching, self.verifier.branching
+        self._branching = min(own[0], allowed[0]), min(own[1], allowed[1])
+        self._nodes = nodes
+        self._chances = self._new_chances()
+
+    def rows(self, run: Run) -> list[list[int]]:
+        """See `Loop`."""
+        run.counts |= dict.fromkeys(("forwards", "tokens", "drafted", "accepted", "rounds"), 0)
+        # A draft model may be the same model: its session, opened later, has to be closed first.
+        with run.session() as session, self.drafter.open(run):
+            return _Batch(run, session, self.drafter, self.verifier, self._sizes(run, session)).decoded()
+
+    def _sizes(self, run: Run, session: Session) -> _Sizes:
+        fixed = self.drafter.fixed
+        if fixed is not None and self._nodes is not None:
+            fixed = fixed.first(self._nodes)
+        return _Sizes(run, session, self.drafter, self._chances, fixed, self._nodes)
+
+    def _new_chances(self) -> Chances:
+        d = self.drafter
+        return Chances(d.guess, keys=d.keys, branching=self._branching, depth=d.depth, nodes=self._nodes or _MOST)
+
+
+class _Sizes:
+    """Decides on the shapes of a round's drafts, and learns what they cost and brought."""
+
+    def __init__(
+        self, run: Run, session: Session, drafter: Drafter, chances: Chances, fixed: Shape | None, nodes: int | None
+    ) -> None:
+        self._run, self._session, self._drafter, self._chances = run, session, drafter, chances
+        self._fixed, self._nodes = fixed, nodes
+        self._pause, self._waited, self._drafted = _PAUSES[0], 0, 0
+        self._curve: CostCurve | None = None
+        self._measured = 0
+        self._keys: list[int | None] = []
+        self._size = 0
+
+    def shapes(self, keys: list[int | None], rooms: Sequence[int]) -> list[Shape]:
+        """For rows whose drafts have `keys`, and that can still take `rooms` tokens of them."""
+        self._keys = keys
+        ready = [key is not None and room > 0 for key, room in zip(keys, rooms, strict=True)]
+        self._size = self._decided() if any(ready) else 0
+        if not self._size:
+            return [NOTHING] * len(keys)
+        return [
+            self._shape(key, room) if key is not None and room > 0 else NOTHING
+            for key, room in zip(keys, rooms, strict=True)
+        ]
+
+    def _shape(self, key: int, room: int) -> Shape:
+        if self._fixed is not None:
+            return self._fixed.cut(room)
+        return self._chances.shape(key, self._size, room)
+
+    def _decided(self) -> int:
+        if self._fixed is not None:
+            return len(self._fixed)
+        if self._nodes is not None:
+            return self._nodes
+        curve = self._current_curve()
+        if not curve.knows(0) or self._drafted >= _PLAIN_EVERY:
+            self._drafted = 0
+            return 0
+        sums = [[0.0] if key is None else self._chances.sums(key) for key in self._keys]
+        size = best_size(sums, lambda n: curve.seconds(n + self._drafter.probed(n)), _MOST)
+        if size:
+            self._pause, self._waited = _PAUSES[0], 0
+            self._drafted += 1
+            return size
+        # What is never drafted is never found to come true.
+        self._waited += 1
+        if self._waited < self._pause:
+            return 0
+        self._pause, self._waited = min(2 * self._pause, _PAUSES[1]), 0
+        return _TRIED
+
+    def _current_curve(self) -> CostCurve:
+        size = (len(self._session.rows) - 1).bit_length()
+        if self._curve is None:
+            self._curve = curve_for(self._run.model, self._session, self._device)
+        elif size != self._measured:
+            # Rows have ended; to measure again would take longer than the rest does.
+            self._curve = self._curve.for_fewer(2.0 ** (size - self._measured))
+        self._measured = size
+        return self._curve
+
+    @property
+    def _device(self) -> torch.device:
+        return self._run.input_ids.device
+
+    def note(self, rounds: Sequence[Round], seconds: float) -> None:
+        """What became of the drafts, and how long the round took."""
+        for done, key in zip(rounds, self._keys, strict=True):
+            if key is not None and len(done.tree):
+                self._chances.note(key, done.tree, done.path)
+        if self._curve is not None and (len(rounds) - 1).bit_length() == self._measured:
+            # Whole trees only: smaller ones say nothing of what the size costs.
+            whole = max(len(done.tree) for done in rounds) >= self._size
+            if whole:
+                self._curve.note(self._size + self._drafter.probed(self._size), seconds)
+
+
+@dataclass
+class _Nodes:
+    """The laws behind a row's text (0) and each node i of its tree (i + 1), made when asked for.
+
+    A node is seen by the processors once, with its own prefix, and only if the verifier comes there.
+    """
+
+    run: Run
+    row: int
+    generated: list[int]
+    tree: DraftTree
+    scores: Tensor
+    """[n, V]: behind the text, then behind what was read."""
+    places: Sequence[int]
+    """Where each node of the tree was read."""
+    shaped: dict[int, Tensor] = field(default_factory=dict)
+
+    def after(self, node: int) -> Tensor:
+        """Scores [V] behind `node` after all processors."""
+        if node not in self.shaped:
+            path: list[int] = []
+            at = node
+            while at != ROOT:
+                path.append(self.tree.tokens[at])
+                at = self.tree.parents[at]
+            scores = self.scores[0 if node == ROOT else self.places[node]]
+            self.shaped[node] = self.run.shaped([self.row], [self.generated + path[::-1]], scores[None])[0]
+        return self.shaped[node]
+
+    def __getitem__(self, i: int, /) -> Tensor:
+        return self.after(i - 1).softmax(-1)
+
+
+class _Best:
+    """The most probable token behind each node, looked for when asked."""
+
+    def __init__(self, nodes: _Nodes) -> None:
+        self._nodes = nodes
+
+    def __getitem__(self, i: int, /) -> int:
+        return int(self._nodes.after(i - 1).argmax())
+
+
+class _Batch:
+    """The rows that still run: their texts, and one round after another."""
+
+    def __init__(self, run: Run, session: Session, drafter: Drafter, verifier: Verifier, sizes: _Sizes) -> None:
+        self.run, self.session, self.drafter, self.verifier, self.sizes = run, session, drafter, verifier, sizes
+        self.generated: list[list[int]] = [[] for _ in range(len(run))]
+        self.texts = [list(prompt) for prompt in run.prompts]
+        self.live = list(range(len(run)))
+        self.drawing: Drawing = verifier.drawing if run.sample else "given"
+
+    def decoded(self) -> list[list[int]]:
+        """The new ids of each row."""
+        scores = self._counted(self.session.start())[:, None]
+        self._finish(self._chosen(scores), scores)
+        while self.live:
+            started = time.perf_counter()
+            asks = self._asks()
+            if asks is None:
+                roots = torch.tensor([self.texts[row][-1] for row in self.live])
+                scores = self._counted(self.session.step(roots))[:, None]
+                self._finish(self._chosen(scores), scores, started)
+                continue
+            trees = self.drafter.draft(asks)
+            read = [_distinct(tree) for tree in trees]
+            probes = [self.drafter.probes(ask, tree) for ask, tree in zip(asks, trees, strict=True)]
+            scores = self._tried(read, probes)
+            rounds = self._verified(trees, [places for _, _, places in read], scores)
+            self.session.accept([done.at for done in rounds])
+            self._finish(rounds, scores, started)
+        return self.generated
+
+    def _asks(self) -> list[Ask] | None:
+        """What the drafter is asked for; None when no row is to have drafts."""
+        keys = [self.drafter.key(row, self.texts[row]) for row in self.live]
+        # One token more comes with every path.
+        rooms = [self.run.limit - len(self.generated[row]) - 1 for row in self.live]
+        shapes = self.sizes.shapes(keys, rooms)
+        if not any(len(shape) for shape in shapes):
+            return None
+        return [
+            Ask(row, self.texts[row], shape, self.drawing, self.run.draw)
+            for row, shape in zip(self.live, shapes, strict=True)
+        ]
+
+    def _tried(self, read: Sequence[_Distinct], probes: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+        """Scores [B, n, V] behind the last token of each row and all that is read behind it."""
+        n = 1 + max(len(tokens) + len(extra) for (tokens, _, _), (extra, _) in zip(read, probes, strict=True))
+        ids, above = [], []
+        for row, (tokens, parents, places), (extra, hang) in zip(self.live, read, probes, strict=True):
+            root = self.texts[row][-1]
+            fill = n - 1 - len(tokens) - len(extra)
+            ids.append([root, *tokens, *extra, *[root] * fill])
+            hanging = [_place(parent, places, len(tokens)) for parent in hang]
+            above.append([ROOT, *(parent + 1 for parent in parents), *hanging, *[ROOT] * fill])
+        return self._counted(self.session.try_nodes(torch.tensor(ids), torch.tensor(above)))
+
+    def _counted(self, scores: Tensor) -> Tensor:
+        self.run.counts["forwards"] += 1
+        if self.drafter.forbidden:
+            scores[..., list(self.drafter.forbidden)] = -torch.inf
+        return scores
+
+    def _chosen(self, scores: Tensor) -> list[Round]:
+        """One token for each row, as `Run.choose` does it."""
+        run = self.run
+        generated = [self.generated[row] for row in self.live]
+        if run.processors:
+            shaped = run.shaped(self.live, generated, scores[:, 0])
+            if run.sample:
+                chosen = [run.draw.categorical(law) for law in shaped.softmax(-1)]
+            else:
+                chosen = [int(token) for token in shaped.argmax(-1)]
+            held: list[list[Tensor] | None] = [[row] for row in shaped]
+        else:
+            chosen, held = run.choose(self.live, generated, scores[:, 0]), [None] * len(self.live)
+        return [
+            Round(row, self.texts[row], EMPTY, [], token, [0], own)
+            for row, token, own in zip(self.live, chosen, held, strict=True)
+        ]
+
+    def _verified(self, trees: Sequence[DraftTree], places: Sequence[Sequence[int]], scores: Tensor) -> list[Round]:
+        """What is accepted of each tree, whose nodes were read at `places`."""
+        run = self.run
+        if not run.sample and not run.processors:
+            best = likeliest(scores.flatten(0, 1)).view(scores.shape[:2]).tolist()
+            rounds = []
+            for row, tree, at, tokens in zip(self.live, trees, places, best, strict=True):
+                path, bonus = greedy(tree, [tokens[0], *(tokens[place] for place in at)])
+                rounds.append(Round(row, self.texts[row], tree, path, bonus, [0, *(at[node] for node in path)], None))
+            return rounds
+        rounds = []
+        for row, tree, at, read in zip(self.live, trees, places, scores, strict=True):
+            nodes = _Nodes(run, row, self.generated[row], tree, read, at)
+            path, bonus = self.verifier.rule(tree, nodes, run.draw) if run.sample else greedy(tree, _Best(nodes))
+            shaped = [nodes.after(node) for node in (ROOT, *path)] if run.processors else None
+            rounds.append(Round(row, self.texts[row], tree, path, bonus, [0, *(at[node] for node in path)], shaped))
+        return rounds
+
+    def _finish(self, rounds: Sequence[Round], scores: Tensor, started: float | None = None) -> None:
+        """Learn from the round, write its tokens down, and let rows go that have ended."""
+        run = self.run
+        self.drafter.learn(rounds, scores)
+        running: list[int] = []
+        for place, done in enumerate(rounds):
+            new = [*(done.tree.tokens[node] for node in done.path), done.bonus]
+            kept, stopped = run.until_stop(done.row, self.generated[done.row], new)
+            self.generated[done.row] += kept
+            self.texts[done.row] += kept
+            run.stream(done.row, kept)
+            run.counts["tokens"] += len(kept)
+            run.counts["drafted"] += len(done.tree)
+            run.counts["accepted"] += min(len(done.path), len(kept))
+            if not stopped:
+                running.append(place)
+        run.counts["rounds"] += any(len(done.tree) for done in rounds)
+        if started is not None:
+            self.sizes.note(rounds, time.perf_counter() - started)
+        if len(running) < len(rounds):
+            self.live = [self.live[place] for place in running]
+            if running:
+                self.session.branch(running)
+                self.drafter.keep(running)
+
+
+_Distinct = tuple[list[int], list[int], list[int]]
+
+
+def _distinct(tree: DraftTree) -> _Distinct:
+    """Tokens and parents of the different prefixes of a tree, and which of them, from 1 on, each node stands for."""
+    if len(tree) < 2:
+        return list(tree.tokens), list(tree.parents), [1] * len(tree)
+    seen: dict[tuple[int, int], int] = {}
+    tokens, parents, places = list[int](), list[int](), list[int]()
+    for token, parent in zip(tree.tokens, tree.parents, strict=True):
+        above = ROOT if parent == ROOT else places[parent] - 1
+        if (above, token) not in seen:
+            seen[above, token] = len(tokens)
+            tokens.append(token)
+            parents.append(above)
+        places.append(seen[above, token] + 1)
+    return tokens, parents, places
+
+
+def _place(parent: int, places: Sequence[int], distinct: int) -> int:
+    """Where a probe's parent is read: a node of the tree, or a probe before it, behind all `distinct` nodes."""
+    if parent == ROOT:
+        return 0
+    return places[parent] if parent < len(places) else 1 + distinct + parent - len(places)
+
+
+# -- published pairs --------------------------------------------------------------------------------
+
+
+@decoder("speculative-sampling", kind="loop")
+def speculative_sampling(draft: Any, *, drafts: int = 4, nodes: int | None = None) -> Speculative:
+    """A chain of at most `drafts` tokens of a smaller model `draft`, accepted with probability min(1, p/q)."""
+    from tokenloom.decode.drafters.draft_model import DraftModel
+
+    return Speculative(DraftModel(draft, width=1, depth=drafts), "speculative-sampling", nodes=nodes)
+
+
+@decoder("recursive-rejection", kind="loop")
+def recursive_rejection(
+    draft: Any, *, drafts: int = 4, depth: int = 4, replacement: bool = False, nodes: int | None = None
+) -> Speculative:
+    """A tree of a smaller model `draft`, of at most `drafts` children a node, each with its chance."""
+    from tokenloom.decode.drafters.draft_model import DraftModel
+
+    verifier = build("verifier", "recursive-rejection", replacement=replacement)
+    return Speculative(DraftModel(draft, width=drafts, depth=depth), verifier, nodes=nodes)
+
+
+@decoder("spec-tr", kind="loop")
+def spec_tr(draft: Any, *, drafts: int = 8, depth: int = 8, nodes: int | None = None) -> Speculative:
+    """At most `drafts` independent continuations of a smaller model `draft`, one taken by optimal transport."""
+    from tokenloom.decode.drafters.draft_model import DraftModel
+
+    return Speculative(DraftModel(draft, width=drafts, depth=depth), "spec-tr", nodes=nodes)
+
+
+@decoder("two-step-multi-draft", kind="loop")
+def two_step_multi_draft(
+    draft: Any, *, drafts: int = 2, depth: int = 4, support: int = 0, nodes: int | None = None
+) -> Speculative:
+    """A tree of a smaller model `draft`, of at most `drafts` children a node: one is picked, then verified."""
+    from tokenloom.decode.drafters.draft_model import DraftModel
+
+    verifier = build("verifier", "two-step-multi-draft", support=support)
+    return Speculative(DraftModel(draft, width=drafts, depth=depth), verifier, nodes=nodes)
+
+
+@decoder("prompt-lookup", kind="loop")
+def prompt_lookup(*, longest: int = 3, shortest: int = 1, drafts: int = 10, nodes: int | None = None) -> Speculative:
+    """What followed the same tokens earlier in the text, as far as it comes true again."""
+    from tokenloom.decode.drafters.lookup import PromptLookup
+
+    return Speculative(PromptLookup(longest=longest, shortest=shortest, drafts=drafts), "prompt-lookup", nodes=nodes)
+
+
+@decoder("token-recycling", kind="loop")
+def token_recycling(
+    *, branches: int = 8, template: Literal["grown", "paper"] = "grown", nodes: int | None = None
+) -> Speculative:
+    """A tree of the tokens that were likeliest after each token when it was last read."""
+    return Speculative(
+        build("drafter", "token-recycling", branches=branches, template=template), "prompt-lookup", nodes=nodes
+    )
+
+
+@decoder("stand", kind="loop")
+def stand(*, longest: int = 4, kept: int = 10, nodes: int | None = None) -> Speculative:
+    """A tree drawn without replacement from the laws that followed the same n-gram before."""
+    from tokenloom.decode.drafters.stand import Stand
+
+    return Speculative(Stand(longest=longest, kept=kept), "recursive-rejection", nodes=nodes)

@@ -1,0 +1,113 @@
+"""Drafters one by one: shapes that grow where drafts come true, what is looked up, quick selection of the largest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tokenloom.decode.drafters.base import drawn, filled, largest, likeliest
+from tokenloom.decode.drafters.lookup import GroupNGrams, NGramPlaces, PromptLookup
+from tokenloom.decode.drafters.shapes import Chances, Shape
+from tokenloom.draw import RandomDraw
+from tokenloom.methods.decoding.draft_tree import ROOT, DraftTree
+from tokenloom.methods.decoding.prompt_lookup import prompt_lookup
+
+
+def test_the_most_probable_nodes_are_grown() -> None:
+    chances = Chances([0.5, 0.2], keys=1, branching=(2, 2), depth=3, nodes=8)
+    assert chances.sums(0)[:4] == pytest.approx([0, 0.5, 0.75, 0.95])
+    shape = chances.shape(0, 3, 9)
+    # The child of rank 0 comes next to its parent: .5, then .25 below it, then its sibling with .2.
+    assert list(shape.parents) == [ROOT, 0, ROOT]
+    assert list(shape.ranks) == [0, 0, 1]
+    assert max(chances.shape(0, 8, 9).depths) == 3
+    assert chances.shape(0, 8, 1).depths == [1, 1]
+
+
+def test_chances_follow_what_came_true() -> None:
+    chances = Chances([0.5, 0.2], keys=2, branching=(2, 2), depth=4, nodes=20)
+    tree = DraftTree([1, 2, 3], [ROOT, ROOT, 0])
+    for _ in range(200):
+        chances.note(1, tree, [1])
+    assert chances.chance(1, 1, 1) > 0.9
+    assert chances.chance(1, 1, 0) < 0.1
+    assert chances.chance(1, 2, 0) == 0.5  # its parent was never accepted
+    assert chances.chance(0, 1, 0) == 0.5
+    # Siblings are drawn in order: one is never put off for the one behind it.
+    sums = chances.sums(1)
+    assert all(b - a <= c - b + 1 for a, b, c in zip(sums, sums[1:], sums[2:], strict=False))
+
+
+def test_branching_bounds_a_shape() -> None:
+    chances = Chances([0.5, 0.4, 0.3], keys=1, branching=(3, 1), depth=4, nodes=30)
+    shape = chances.shape(0, 30, 9)
+    assert len(shape) == 12
+    assert shape.children[ROOT] == 3
+    assert {count for node, count in shape.children.items() if node != ROOT} == {1}
+
+
+def test_shapes_are_cut_and_begun() -> None:
+    shape = Shape([ROOT, ROOT, 0, 1, 2], [0, 1, 0, 0, 0])
+    assert shape.depths == [1, 1, 2, 2, 3]
+    assert list(shape.cut(2).parents) == [ROOT, ROOT, 0, 1]
+    assert list(shape.first(5).parents) == [ROOT, 0, 1, ROOT, 3]
+    assert len(shape.first(0)) == 0
+    assert shape.cut(7) is shape
+
+
+def test_trees_are_filled_as_far_as_there_are_tokens() -> None:
+    shape = Shape([ROOT, 0, 0, ROOT, 3], [0, 0, 1, 1, 0])
+    tree = filled(shape, lambda path, count: ([7, 8][:count], None) if not path else ([9], None))
+    assert list(tree.tokens) == [7, 9, 8, 9]
+    assert list(tree.parents) == [ROOT, 0, ROOT, 2]
+    assert len(filled(shape, lambda path, count: ([], None))) == 0
+
+
+def test_children_are_drawn_as_asked() -> None:
+    law, draw = torch.tensor([0.0, 0.6, 0.4]), RandomDraw(torch.Generator().manual_seed(0))
+    assert drawn(law, 2, "given", draw) == [1, 2]
+    assert sorted(drawn(law, 3, "distinct", draw)) == [1, 2]
+    independent = drawn(law, 12, "independent", draw)
+    assert set(independent) == {1, 2}
+    assert len(independent) == 12
+
+
+@pytest.mark.parametrize("vocab", [50, 4096, 5003])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_are_found(vocab: int, dtype: torch.dtype) -> None:
+    scores = torch.randn(5, vocab, generator=torch.Generator().manual_seed(vocab)).to(dtype)
+    scores[1, 3:] = -torch.inf
+    scores[2] = 0
+    values, places = largest(scores, 8)
+    torch.testing.assert_close(values, scores.topk(8).values)
+    torch.testing.assert_close(scores.gather(1, places), values)
+    assert all(len(set(row)) == 8 for row in places.tolist())
+    assert torch.equal(likeliest(scores), scores.argmax(-1))
+    assert int(likeliest(scores)[2]) == 0
+
+
+def test_incremental_look_up_is_the_rule() -> None:
+    g = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        text = torch.randint(0, 3, (14,), generator=g).tolist()
+        drafter = PromptLookup()
+        drafter._places, drafter._read = [NGramPlaces(3, 1)], [1]
+        for end in range(2, len(text) + 1):
+            known = text[:end]
+            expected = prompt_lookup(known, drafts=4)
+            key = drafter.key(0, known)
+            assert (key is None) == (not expected)
+            if key is not None:
+                n, source, start = drafter._places[0].find(known)
+                assert n == key + 1
+                assert known[-n:] == source[start - n : start]
+                assert source[start] == expected[0]
+
+
+def test_rows_of_a_prompt_learn_from_each_other() -> None:
+    drafter = GroupNGrams()
+    places = drafter._per_row([[1, 2], [3], [1, 2]])
+    assert places[0] is places[2]
+    assert places[0] is not places[1]
+    with pytest.raises(ValueError, match="group-ngrams: needs 1 <= shortest"):
+        GroupNGrams(shortest=0)
