@@ -1,7 +1,7 @@
 """What a logits processor costs a token: one call on scores [B, V], ours and transformers' own of the same name.
 
-Scores are random normals of deviation 3 in float32. A call is the mean of `CALLS` in a row; a forward of the model takes
-some ten milliseconds beside it.
+Scores are random normals of deviation 3 in float32. A call is the mean of `CALLS` in a row; a forward of a small model
+takes some ten milliseconds beside it.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from tests.tiny_models import tiny_llama
 from tokenloom.decode import rad, rmod
-from tokenloom.decode.aux import Headed
+from tokenloom.decode.auxiliary import Headed
 from tokenloom.decode.heads import Judged, auroc, fit_head, load_head, quality_beside, save_head
 from tokenloom.decode.multi_token_heads import MultiTokenHeads
 from tokenloom.decode.probe import Probe

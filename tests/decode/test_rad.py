@@ -9,7 +9,7 @@ from transformers import LogitsProcessorList
 from tests.decode.tokenizers_at_hand import byte_level, sentencepiece
 from tests.tiny_models import TINY, tiny_llama
 from tokenloom import decode
-from tokenloom.decode.aux import Headed
+from tokenloom.decode.auxiliary import Headed
 from tokenloom.decode.rad import Rad, fit, reward_model
 from tokenloom.methods.decoding.rad import best_tokens, cumulative_mse
 

@@ -115,3 +115,15 @@ def test_tables_behave_as_models_do() -> None:
     assert law[1, 2, 3] == pytest.approx(
         float(table.probs([0])[1] * table.probs([0, 1])[2] * table.probs([0, 1, 2])[3])
     )
+
+
+def test_sessions_of_one_model_close_in_any_order() -> None:
+    model = tiny_llama()
+    first, second = open_session(model, [[4, 5]]), open_session(model, [[6, 7]])
+    first.__enter__().start()
+    session = second.__enter__()
+    session.start()
+    first.__exit__(None, None, None)
+    torch.testing.assert_close(session.step(torch.tensor([8]))[0], direct(model, [6, 7, 8]), **CLOSE)
+    second.__exit__(None, None, None)
+    assert not any("forward" in module.__dict__ for module in model.modules())

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
-from tokenloom.decode.aux import Aux, Headed, evaluating
+from tokenloom.decode.auxiliary import Aux, Headed, evaluating
 from tokenloom.decode.registry import decoder
 from tokenloom.decode.shapers import wide
 from tokenloom.methods.decoding.caad import caad

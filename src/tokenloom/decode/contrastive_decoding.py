@@ -7,7 +7,7 @@ from typing import Any, Literal
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from tokenloom.decode.aux import Aux, aligned
+from tokenloom.decode.auxiliary import Aux, aligned
 from tokenloom.decode.registry import decoder
 from tokenloom.decode.shapers import wide
 from tokenloom.methods.decoding.contrastive_decoding import contrastive_decoding

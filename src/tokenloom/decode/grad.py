@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from tokenloom.decode.aux import evaluating
+from tokenloom.decode.auxiliary import evaluating
 from tokenloom.decode.registry import decoder
 from tokenloom.decode.shapers import wide
 from tokenloom.methods.decoding.grad import grad, transition_edges

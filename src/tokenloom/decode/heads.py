@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenloom.decode import rad, rmod
-from tokenloom.decode.aux import Headed
+from tokenloom.decode.auxiliary import Headed
 from tokenloom.decode.hidden_states import states_at
 from tokenloom.decode.minimize import Progress
 from tokenloom.decode.multi_token_heads import MultiTokenHeads

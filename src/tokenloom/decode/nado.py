@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
-from tokenloom.decode.aux import Aux, Headed, aligned
+from tokenloom.decode.auxiliary import Aux, Headed, aligned
 from tokenloom.decode.hidden_states import evaluating, padded
 from tokenloom.decode.minimize import Progress, minimize
 from tokenloom.decode.registry import decoder

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from tokenloom.decode.aux import Aux, aligned, evaluating
+from tokenloom.decode.auxiliary import Aux, aligned, evaluating
 from tokenloom.decode.registry import decoder
 from tokenloom.decode.shapers import wide
 from tokenloom.methods.decoding.plugin_reweighting import plugin_loss, plugin_reweighting

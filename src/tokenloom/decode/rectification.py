@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessor
 
-from tokenloom.decode.aux import Aux, Headed, aligned
+from tokenloom.decode.auxiliary import Aux, Headed, aligned
 from tokenloom.decode.hidden_states import evaluating, padded
 from tokenloom.decode.minimize import Progress, minimize
 from tokenloom.decode.nado import odds_model, response_places, texts_of

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenloom.decode.aux import aligned
+from tokenloom.decode.auxiliary import aligned
 from tokenloom.decode.registry import decoder
 from tokenloom.decode.rewards import reward_of
 from tokenloom.decode.run import Run

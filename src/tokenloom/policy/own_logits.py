@@ -51,7 +51,9 @@ def _trunk_returns(causal: nn.Module, hidden: Tensor) -> Iterator[None]:
     trunk = trunk_of(causal)
 
     def bypass(*_: Any, **__: Any) -> MoeModelOutputWithPast:
-        return MoeModelOutputWithPast(last_hidden_state=cast(Any, hidden))
+        output = MoeModelOutputWithPast(last_hidden_state=cast(Any, hidden))
+        output.cross_attentions = None  # type: ignore[attr-defined]  # GPT-2 hands them on
+        return output
 
     replaced = trunk.__dict__.get("forward")
     trunk.__dict__["forward"] = bypass

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,16 +31,42 @@ _PROBE = 6
 _fitting: WeakKeyDictionary[nn.Module, list[tuple[nn.Module, Make]]] = WeakKeyDictionary()
 
 
+@dataclass
+class _Leaned:
+    """Forms that stand in a model, whether all of its attention is lean, and how many have asked for them."""
+
+    stack: ExitStack
+    attention: bool
+    users: int = 0
+
+
+_leaned: WeakKeyDictionary[nn.Module, _Leaned] = WeakKeyDictionary()
+
+
 @contextmanager
 def lean_modules(causal: Any) -> Iterator[bool]:
     """While it lasts, `causal` runs on lean forms where they fit, and on `product` in all other linear layers.
 
     Yields whether all of its attention is lean. The caller holds `contexts.sampling_mode`; weights must not change.
-    On other devices than the CPU nothing is replaced.
+    On other devices than the CPU nothing is replaced. Several may hold it at once and let go in any order.
     """
     if next(causal.parameters()).device.type != "cpu":
         yield False
         return
+    held = _leaned.get(causal)
+    if held is None:
+        held = _leaned[causal] = _lean(causal)
+    held.users += 1
+    try:
+        yield held.attention
+    finally:
+        held.users -= 1
+        if not held.users:
+            del _leaned[causal]
+            held.stack.close()
+
+
+def _lean(causal: Any) -> _Leaned:
     if causal not in _fitting:
         _fitting[causal] = _forms_that_fit(causal)
     with ExitStack() as stack:
@@ -53,7 +80,8 @@ def lean_modules(causal: Any) -> Iterator[bool]:
             if module not in covered and kernel_dtype([module]) is not None:
                 stack.enter_context(_replaced(module, product([module])))
         attentions = sum(make is _attention for _, make in forms)
-        yield attentions == causal.config.get_text_config(decoder=True).num_hidden_layers
+        layers = causal.config.get_text_config(decoder=True).num_hidden_layers
+        return _Leaned(stack.pop_all(), attentions == layers)
 
 
 @contextmanager

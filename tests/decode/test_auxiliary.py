@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor
 
 from tests.tiny_models import TINY, tiny_gpt2, tiny_llama
-from tokenloom.decode.aux import Aux, Headed, aligned
+from tokenloom.decode.auxiliary import Aux, Headed, aligned
 from tokenloom.decode.table import TableLM
 
 # Sums of 16 to 64 terms of size up to 10 in another order, float32.
