@@ -386,6 +386,72 @@ def _() -> Rule:
     return rule
 
 
+# -- decoding ---------------------------------------------------------------------------------------
+
+
+@breaks("keeps-at-least-one-token-of-every-row")
+def _() -> Rule:
+    @broken("truncate", "row")
+    def rule(probs: Tensor) -> Tensor:
+        return probs > 0.5
+
+    return rule
+
+
+@breaks("half-precision-rows-are-cut-too")
+def _() -> Rule:
+    @broken("truncate", "row")
+    def rule(probs: Tensor) -> Tensor:
+        return (probs > 0) & (probs.dtype != torch.bfloat16)
+
+    return rule
+
+
+@breaks("rows-do-not-see-each-other", "truncate")
+def _() -> Rule:
+    @broken("truncate", "row")
+    def rule(probs: Tensor) -> Tensor:
+        return probs >= probs.amax(-1, keepdim=True).amin(0)
+
+    return rule
+
+
+@breaks("rows-do-not-see-each-other", "shape")
+def _() -> Rule:
+    @broken("shape", "row")
+    def rule(scores: Tensor) -> Tensor:
+        return scores - scores.nan_to_num(neginf=0.0).mean()
+
+    return rule
+
+
+@breaks("names-of-tokens-do-not-matter")
+def _() -> Rule:
+    @broken("truncate", "row")
+    def rule(probs: Tensor) -> Tensor:
+        return torch.arange(probs.shape[-1]).expand_as(probs) < 3
+
+    return rule
+
+
+@breaks("what-is-given-stays-as-it-was")
+def _() -> Rule:
+    @broken("shape", "row")
+    def rule(scores: Tensor) -> Tensor:
+        return scores.mul_(2)
+
+    return rule
+
+
+@breaks("scores-keep-their-shape-and-format")
+def _() -> Rule:
+    @broken("shape", "row")
+    def rule(scores: Tensor) -> Tensor:
+        return scores.float()
+
+    return rule
+
+
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_law_fails_for_what_breaks_it(name: str) -> None:
     rule = BROKEN[name]()

@@ -127,3 +127,4 @@ def test_sessions_of_one_model_close_in_any_order() -> None:
     torch.testing.assert_close(session.step(torch.tensor([8]))[0], direct(model, [6, 7, 8]), **CLOSE)
     second.__exit__(None, None, None)
     assert not any("forward" in module.__dict__ for module in model.modules())
+    assert torch.is_grad_enabled()

@@ -225,7 +225,8 @@ class ModelSession:
         # Fillers behind a shorter row's tokens may stand beyond the last position; nobody reads them.
         most = None if self.positions is None else self.positions - 1
         positions = positions.clamp(max=most)
-        return self._call(tokens, masks, positions, self._cache, last=last, embeddings=embeddings)
+        with torch.no_grad():
+            return self._call(tokens, masks, positions, self._cache, last=last, embeddings=embeddings)
 
     def _masks(self, positions: Tensor, columns: Tensor, seen: Tensor) -> Any:
         """Additive masks [B, 1, n, S]; by type of layer where there are several."""
@@ -264,12 +265,12 @@ def open_session(model: Any, prompts: Sequence[Sequence[int]], **model_options: 
     training = model.training
     model.eval()
     try:
-        with torch.no_grad():
-            if model_options:
-                yield ModelSession(model, prompts, **model_options)
-            else:
-                with lean_modules(base_model(model)) as lean:
-                    yield ModelSession(model, prompts, lean=lean)
+        # No gradient is taken in each forward, not here: sessions may close in any order.
+        if model_options:
+            yield ModelSession(model, prompts, **model_options)
+        else:
+            with lean_modules(base_model(model)) as lean:
+                yield ModelSession(model, prompts, lean=lean)
     finally:
         model.train(training)
 

@@ -66,6 +66,7 @@ def lean_modules(causal: Any) -> Iterator[bool]:
             held.stack.close()
 
 
+@torch.no_grad()
 def _lean(causal: Any) -> _Leaned:
     if causal not in _fitting:
         _fitting[causal] = _forms_that_fit(causal)
