@@ -52,7 +52,7 @@ def _trunk_returns(causal: nn.Module, hidden: Tensor) -> Iterator[None]:
 
     def bypass(*_: Any, **__: Any) -> MoeModelOutputWithPast:
         output = MoeModelOutputWithPast(last_hidden_state=cast(Any, hidden))
-        output.cross_attentions = None  # type: ignore[attr-defined]  # GPT-2 hands them on
+        output.cross_attentions = None  # GPT-2 hands them on
         return output
 
     replaced = trunk.__dict__.get("forward")
