@@ -58,7 +58,7 @@ test-slow: dev ## the long tests: bare environments, kill and resume at many mom
 	@$(if $(CHROMIUM),,echo "no Chromium or Chrome found: the tests marked 'browser' are left out")
 	$(PYTEST) -m "slow $(NO_BROWSER)" --durations=20
 
-bench: ## measure against TRL, transformers and vLLM, and rewrite docs/benchmarks.md (half an hour, idle machine)
+bench: ## measure against TRL, transformers and vLLM, and rewrite docs/benchmarks.md (some hours, idle machine)
 	@$(SETUP) --extra train --extra bench --model
 	$(PYTHON) -m bench.setup_vllm
 	$(BIN)/python -m bench.run $(ARGS)

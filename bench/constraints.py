@@ -215,7 +215,7 @@ def table_genlm(turns: Turns, *, particles: int, repeats: int) -> None:
     import numpy as np
     from genlm.control import AWRS, EOS, Potential
 
-    class Law(Potential):  # type: ignore[misc]
+    class Law(Potential):  # type: ignore[misc]  # of a package that this environment may lack
         """The table."""
 
         async def prefix(self, context: list[int]) -> float:
@@ -231,7 +231,7 @@ def table_genlm(turns: Turns, *, particles: int, repeats: int) -> None:
         def _log(p: float) -> float:
             return math.log(p) if p > 0 else -math.inf
 
-    class Fits(Potential):  # type: ignore[misc]
+    class Fits(Potential):  # type: ignore[misc]  # of a package that this environment may lack
         """The constraint."""
 
         async def prefix(self, context: list[int]) -> float:

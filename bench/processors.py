@@ -41,7 +41,7 @@ def theirs(name: str) -> Callable[[Any, Any], Any]:
         "locally-typical": lambda: t.TypicalLogitsWarper(0.95),
         "top-h": lambda: TopHLogitsWarper(0.4),
     }
-    return made[name]()  # type: ignore[no-any-return]
+    return made[name]()  # type: ignore[no-any-return]  # transformers is untyped here
 
 
 def measured(turns: Turns, *, side: str, name: str, rows: int, vocabulary: int) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import ROOT, Measured, Row
+from tokenloom.policy.cache import cache_folder
 
 RESULTS = ROOT / "bench" / "results"
 
@@ -62,7 +63,7 @@ def row_record(row: Row, measured: Mapping[str, Measured], skipped: list[str], f
         "sides": [
             {
                 "name": side.name,
-                "settings": dict(side.settings),
+                "settings": portable(side.settings),
                 "about": side.about,
                 **measured[side.name].facts,
                 "measurements": measured[side.name].measurements,
@@ -76,8 +77,19 @@ def row_record(row: Row, measured: Mapping[str, Measured], skipped: list[str], f
 def row_key(row: Row) -> str:
     """Names what a row measures: a result stored under another key does not stand for it."""
     # Round trip, so that a tuple in the settings equals the list that was stored.
-    what = {s.name: dict(s.settings) for s in row.sides}
+    what = {s.name: portable(s.settings) for s in row.sides}
     return json.dumps([row.label, row.runs, row.fresh, what], sort_keys=True)
+
+
+def portable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as they are stored: of what lies in the cache folder, where it lies there, not where that folder is."""
+    folder = f"{cache_folder()}{os.sep}"
+    return {
+        key: "cache:" + value.removeprefix(folder).replace(os.sep, "/")
+        if isinstance(value, str) and value.startswith(folder)
+        else value
+        for key, value in settings.items()
+    }
 
 
 def load(name: str, folder: Path = RESULTS) -> dict[str, Any] | None:

@@ -255,6 +255,14 @@ def test_a_table_shows_medians_ratios_and_verdicts() -> None:
     )
 
 
+def test_results_do_not_say_where_the_cache_lies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOKENLOOM_CACHE", str(tmp_path))
+    settings = {"model": str(tmp_path / "models" / "m"), "rows": 3, "name": "plain"}
+    assert store.portable(settings) == {"model": "cache:models/m", "rows": 3, "name": "plain"}
+    for path in store.RESULTS.glob("*.json"):
+        assert str(Path.home()) not in path.read_text(encoding="utf-8"), path.name
+
+
 def test_the_page_is_what_the_stored_results_say() -> None:
     text = page.PAGE.read_text(encoding="utf-8")
     tables = [run.table_named(name) for name in run.TABLES]

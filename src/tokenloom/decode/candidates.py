@@ -71,7 +71,7 @@ def sample(
     result = model.generate(
         given,
         attention_mask=torch.ones_like(given),
-        generation_config=GenerationConfig(**_with_ends(model, settings)),  # type: ignore[no-untyped-call]
+        generation_config=GenerationConfig(**_with_ends(model, settings)),  # type: ignore[no-untyped-call]  # transformers' has no annotations
         logits_processor=list(processors),
         custom_generate=method,
     )

@@ -52,14 +52,9 @@ class Cipher(Loop):
                 law = law_at(plain.shaped(live, [generated[r] for r in live], scores), self.temperature)
                 inputs = table.said(law)
                 tokens = table.read(law, inputs)
-                running = []
-                for place, (row, token) in enumerate(zip(live, tokens.tolist(), strict=True)):
-                    _, stopped = run.until_stop(row, generated[row], [token])
-                    generated[row].append(token)
-                    said[row].append(inputs[place])
-                    run.stream(row, [token])
-                    if not stopped:
-                        running.append(place)
+                running = run.append(live, generated, tokens.tolist())
+                for row, mixed in zip(live, inputs, strict=True):
+                    said[row].append(mixed)
                 if not running:
                     self.said = [torch.stack(row) for row in said]
                     return generated

@@ -45,14 +45,7 @@ class ContrastiveSearch(Loop):
                 states = wide(session.output.hidden_states[-1])
                 likeness = largest_cosine(states, context, mask)
                 best = contrastive_scores(probs.to(likeness.dtype), likeness, alpha=self.alpha).argmax(-1)
-                running = []
-                for place, (row, b) in enumerate(zip(live, best.tolist(), strict=True)):
-                    token = int(tokens[place, b])
-                    _, stopped = run.until_stop(row, generated[row], [token])
-                    generated[row].append(token)
-                    run.stream(row, [token])
-                    if not stopped:
-                        running.append(place)
+                running = run.append(live, generated, tokens.gather(1, best[:, None])[:, 0].tolist())
                 if not running:
                     return generated
                 session.accept([[b] for b in best.tolist()])

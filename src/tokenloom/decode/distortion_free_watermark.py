@@ -164,13 +164,7 @@ class DistortionFreeWatermark(Loop):
             while True:
                 laws = run.laws(live, [generated[r] for r in live], scores)
                 chosen = key.choose(laws, [self.offsets[r] + len(generated[r]) for r in live]).tolist()
-                running = []
-                for place, (row, token) in enumerate(zip(live, chosen, strict=True)):
-                    _, stopped = run.until_stop(row, generated[row], [token])
-                    generated[row].append(token)
-                    run.stream(row, [token])
-                    if not stopped:
-                        running.append(place)
+                running = run.append(live, generated, chosen)
                 if not running:
                     return generated
                 if len(running) < len(live):

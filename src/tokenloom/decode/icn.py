@@ -89,7 +89,7 @@ def _completed(
 
     own = getattr(model, "generation_config", None)
     ends = getattr(own, "eos_token_id", None)
-    config = GenerationConfig(  # type: ignore[no-untyped-call]
+    config = GenerationConfig(  # type: ignore[no-untyped-call]  # transformers' has no annotations
         max_length=given.shape[1] + limit, do_sample=False, eos_token_id=ends, pad_token_id=0
     )
     run = run_of(model, given, [], [stopped] if stop else [], config, None)

@@ -40,7 +40,7 @@ def minimize(
             if not bool(value.isfinite()):
                 raise ValueError(f"the loss became {value.item()} at step {done + 1}; lower the learning rate")
             optimizer.zero_grad(set_to_none=True)
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()  # type: ignore[no-untyped-call]  # PyTorch's has no annotations
             nn.utils.clip_grad_norm_(parameters, 1.0)
             optimizer.step()
             done += 1

@@ -20,13 +20,7 @@ class Plain(Loop):
             scores = session.start()
             while True:
                 chosen = run.choose(live, [generated[r] for r in live], scores)
-                running = []
-                for place, (row, token) in enumerate(zip(live, chosen, strict=True)):
-                    _, stopped = run.until_stop(row, generated[row], [token])
-                    generated[row].append(token)
-                    run.stream(row, [token])
-                    if not stopped:
-                        running.append(place)
+                running = run.append(live, generated, chosen)
                 if not running:
                     return generated
                 if len(running) < len(live):

@@ -192,10 +192,10 @@ def _descend(
         def closure() -> Tensor:
             newton.zero_grad()
             value = loss()
-            value.backward()  # type: ignore[no-untyped-call]
+            value.backward()  # type: ignore[no-untyped-call]  # PyTorch's has no annotations
             return value
 
-        newton.step(closure)  # type: ignore[no-untyped-call]
+        newton.step(closure)  # type: ignore[no-untyped-call]  # PyTorch's has no annotations
         if progress is not None:
             progress(steps, steps, loss().item())
         return
@@ -203,7 +203,7 @@ def _descend(
     for step in range(steps):
         value = loss()
         optimizer.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()  # type: ignore[no-untyped-call]  # PyTorch's has no annotations
         optimizer.step()
         if progress is not None:
             progress(step + 1, steps, value.item())

@@ -145,7 +145,7 @@ def examples(
         with open_session(model, [prompt], output_hidden_states=True) as session:
             session.start()
             session.extend([response])
-            last: Tensor = session.output.hidden_states[-1][0].float().cpu()  # type: ignore[attr-defined]
+            last: Tensor = session.output.hidden_states[-1][0].float().cpu()  # type: ignore[attr-defined]  # of model sessions
         states.append(nn.functional.pad(last, (0, 0, 0, longest - len(response))))
         mask[i, : len(response)] = True
     return torch.stack(states), table, mask
@@ -171,7 +171,7 @@ def fit(
         for step in range(steps):
             loss = value_loss(heads(hidden), rewards, mask, target=target)
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()  # type: ignore[no-untyped-call]  # PyTorch's has no annotations
             optimizer.step()
             if progress is not None:
                 progress(step + 1, float(loss.detach()))

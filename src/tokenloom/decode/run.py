@@ -11,6 +11,7 @@ Letters: B rows, N prefixes, V vocabulary.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -102,6 +103,17 @@ class Run:
                 return kept, True
         return kept, False
 
+    def append(self, rows: Sequence[int], generated: Sequence[list[int]], chosen: Sequence[int]) -> list[int]:
+        """Add to `generated[row]` the token chosen for each of `rows`, and stream it; the places that go on."""
+        running = []
+        for place, (row, token) in enumerate(zip(rows, chosen, strict=True)):
+            _, stopped = self.until_stop(row, generated[row], [token])
+            generated[row].append(token)
+            self.stream(row, [token])
+            if not stopped:
+                running.append(place)
+        return running
+
     def _criteria_met(self, row: int, generated: Sequence[int]) -> bool:
         ids = torch.cat((self.input_ids[row], torch.tensor(list(generated), device=self.input_ids.device)))[None]
         nothing: Any = None
@@ -120,7 +132,7 @@ class Run:
         return torch.cat((self.input_ids, tail), 1)
 
 
-class Loop:
+class Loop(ABC):
     """Base of generate loops; an instance is what `custom_generate` takes. Subclasses write `rows`.
 
     `draw` is the source of random choices (default: PyTorch's global state, as `generate`'s own). `streamer` is set
@@ -134,9 +146,9 @@ class Loop:
     streamer: Any = None
     last_run: Run | None = None
 
+    @abstractmethod
     def rows(self, run: Run) -> list[list[int]]:
         """The new ids of each row."""
-        raise NotImplementedError
 
     def __call__(
         self,

@@ -19,6 +19,7 @@ Letters: N hypotheses, V vocabulary, D hidden size.
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -167,9 +168,9 @@ def common_prefix(pool: Sequence[Hypothesis]) -> tuple[int, ...]:
 class SearchLoop(Loop):
     """Base of loops that search: subclasses write `search`, and `answer` where it is not the first of the pool."""
 
+    @abstractmethod
     def search(self, run: Run) -> list[list[Hypothesis]]:
         """The last pools, by `segment_search`."""
-        raise NotImplementedError
 
     def answer(self, run: Run, pool: list[Hypothesis]) -> Hypothesis:
         """The hypothesis that a prompt's last pool gives."""

@@ -82,13 +82,7 @@ class SkipDecode(Loop):
                 scores = session.start()
             for at in range(run.limit):
                 chosen = run.choose(live, [generated[r] for r in live], scores)
-                running = []
-                for place, (row, token) in enumerate(zip(live, chosen, strict=True)):
-                    _, stopped = run.until_stop(row, generated[row], [token])
-                    generated[row].append(token)
-                    run.stream(row, [token])
-                    if not stopped:
-                        running.append(place)
+                running = run.append(live, generated, chosen)
                 if not running:
                     break
                 if len(running) < len(live):

@@ -71,13 +71,8 @@ class SoftThinking(Loop):
                 inputs = torch.where(soft[:, None], mixture(weights, embed(run.model, ids)), embed(run.model, tokens))
                 run.counts["soft_steps"] += float(soft.sum())
                 run.counts["cold_stops"] += float(stops.sum())
-                running = []
-                for place, (row, token) in enumerate(zip(live, tokens.tolist(), strict=True)):
-                    _, stopped = run.until_stop(row, generated[row], [token])
-                    generated[row].append(token)
-                    run.stream(row, [token])
-                    if not stopped and bool(thinking[place] | ~stops[place]):
-                        running.append(place)
+                appended = run.append(live, generated, tokens.tolist())
+                running = [place for place in appended if bool(thinking[place] | ~stops[place])]
                 if not running:
                     return generated
                 cold = torch.where(thinking & ~soft, 0, cold)

@@ -143,7 +143,7 @@ def fit_vector(
                     losses = _losses(model, chosen, grad=True)
                 loss = split_loss(*losses, *references, **objective)
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()  # type: ignore[no-untyped-call]  # PyTorch's has no annotations
                 nn.utils.clip_grad_norm_([vector], 1.0)
                 optimizer.step()
                 schedule.step()

@@ -187,7 +187,7 @@ def _train(student: Any, policy: Any, rows: Sequence[Sampled], work: Path, setti
             if not math.isfinite(loss):
                 raise ValueError(f"distill: the loss became {loss} at step {done + 1}; lower the learning rate")
             optimizer.zero_grad(set_to_none=True)
-            hidden.backward(gradient)  # type: ignore[no-untyped-call]
+            hidden.backward(gradient)  # type: ignore[no-untyped-call]  # PyTorch's has no annotations
             nn.utils.clip_grad_norm_(trained.values(), 1.0)
             whole = False
             optimizer.step()
@@ -240,7 +240,7 @@ def _head_gradient(
         part = hidden[begin : begin + size].detach().requires_grad_()
         with policy.autocast():
             loss = chunked_kl(teach, learn, target[begin : begin + size], part).sum() / len(hidden)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()  # type: ignore[no-untyped-call]  # PyTorch's has no annotations
         assert part.grad is not None
         gradient[begin : begin + size] = part.grad
         total += float(loss.detach())

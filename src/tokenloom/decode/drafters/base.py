@@ -82,7 +82,7 @@ class Drafter:
 
     def draft(self, asks: Sequence[Ask]) -> list[DraftTree]:
         """The trees of all live rows, in their order; shapes without nodes get `EMPTY`."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} has to write draft(); the other methods are optional")
 
     def probes(self, ask: Ask, tree: DraftTree) -> tuple[list[int], list[int]]:
         """Tokens and parents of nodes, behind those of `tree`, that are read along with it for their scores alone."""

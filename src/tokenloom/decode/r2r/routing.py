@@ -56,13 +56,7 @@ class R2R(Loop):
                 asked += int(routed.sum())
                 written += len(live)
                 run.counts |= {"usage": asked / written, "large_forwards": float(reader.forwards)}
-                running = []
-                for place, (row, token) in enumerate(zip(live, chosen, strict=True)):
-                    _, stopped = run.until_stop(row, generated[row], [token])
-                    generated[row].append(token)
-                    run.stream(row, [token])
-                    if not stopped:
-                        running.append(place)
+                running = run.append(live, generated, chosen)
                 if not running:
                     return generated
                 if len(running) < len(live):

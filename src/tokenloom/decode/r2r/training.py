@@ -74,7 +74,7 @@ def fit(
                     _scores(router, labels, rows), labels.labels[rows].to(device), positive_weight=weight
                 )
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                loss.backward()  # type: ignore[no-untyped-call]  # PyTorch's has no annotations
                 optimizer.step()
             scores = _held_out_scores(router, held_out, batch)
             history.append(float(router_loss(scores, held_out.labels, positive_weight=weight)))
