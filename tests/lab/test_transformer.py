@@ -108,9 +108,9 @@ def test_moved_copies_differ_as_much_as_asked_and_keep_the_reference(task: Task,
 def test_it_learns_and_its_reference_stays(task: Task) -> None:
     policy = made(task)
     before = policy.table()
+    # Steps have a length of their own; with groups of 8 their noise may carry the last ones away from the optimum.
     learned = learn(oracle(), task, policy, samples=1280, group_size=32, seed=0, exact_critic=True)
-    # Steps are long: what was learned of one prompt may be lost again.
-    assert max(learned.objective) > learned.objective[0] + 0.1
+    assert learned.objective[-1] > learned.objective[0] + 0.1
     assert not torch.equal(policy.table(), before)
     rollouts = Sampler(task, before, torch.Generator().manual_seed(0)).draw(torch.tensor([0, 1]))
     reference = policy.signals(rollouts, ["ref_logprobs"]).ref_logprobs
