@@ -74,7 +74,7 @@ def tiny_qwen2(vocab: int = 64, seed: int = 0, attention: str = "sdpa", **rest: 
 
 
 def tiny_qwen3(vocab: int = 64, seed: int = 0, attention: str = "sdpa", **rest: Any) -> PreTrainedModel:
-    return build(Qwen3Config(**_common(vocab, head_dim=8, **rest)), seed, attention)
+    return build(Qwen3Config(**_common(vocab, **{"head_dim": 8} | rest)), seed, attention)
 
 
 def tiny_gemma2(vocab: int = 64, seed: int = 0, attention: str = "sdpa", **rest: Any) -> PreTrainedModel:

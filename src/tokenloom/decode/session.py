@@ -20,15 +20,12 @@ from torch import Tensor
 from tokenloom.policy.tree_forward import MaskKinds
 from tokenloom.rollout.attention import BLOCKED
 from tokenloom.rollout.cache import Place, columns_for, new_masked_cache
+from tokenloom.rollout.cache_block import block_of
 from tokenloom.rollout.forward import ModelCall, base_model
-from tokenloom.rollout.lean import lean_modules
+from tokenloom.rollout.lean import Lean, lean_modules
 
 ROOT = -1
 """The parent of a node that follows the row's last committed token."""
-
-# Columns by which the cache grows: few where attention takes its time to each, many where new shapes do.
-_BLOCK = {"cpu": 16}
-_BLOCK_ELSEWHERE = 128
 
 
 class Session(Protocol):
@@ -73,7 +70,7 @@ class ModelSession:
     """The session of a Hugging Face causal LM whose attention a mask can tell what it sees."""
 
     def __init__(
-        self, model: Any, prompts: Sequence[Sequence[int]], *, lean: bool = False, **model_options: Any
+        self, model: Any, prompts: Sequence[Sequence[int]], *, lean: Lean | None = None, **model_options: Any
     ) -> None:
         """Use `open_session`. `model_options` go to every forward, such as `output_hidden_states=True`; what the model
         returned last is `output`.
@@ -87,7 +84,8 @@ class ModelSession:
         self._config = base_model(model).config
         self.device = next(base_model(model).parameters()).device
         self._place = Place()
-        self._block = _BLOCK.get(self.device.type, _BLOCK_ELSEWHERE)
+        lean = lean or Lean()
+        self._block = block_of(self.device, lean)
         dtype = next(base_model(model).parameters()).dtype
         if torch.is_autocast_enabled(self.device.type):
             dtype = torch.get_autocast_dtype(self.device.type)
@@ -96,8 +94,8 @@ class ModelSession:
             self._config,
             self._place,
             rows=len({tuple(p) for p in prompts}),
-            dtype=dtype if lean else None,
-            transposed=lean,
+            dtype=dtype if lean.attention else None,
+            transposed=lean.attention,
             block=self._block,
         )
         if cache is None:

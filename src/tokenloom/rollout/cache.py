@@ -37,6 +37,8 @@ class Place:
     row: int = 0
     columns: int | Tensor = 0
     length: int = 0
+    made: Any = None
+    """What the first layer of a forward made of it for the others."""
 
 
 def new_masked_cache(
@@ -105,7 +107,7 @@ class MaskedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # the parent'
 
     def __init__(self, place: Place, rows: int, *, dtype: torch.dtype | None, transposed: bool, block: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # the parent has no annotations
-        self._place, self._rows, self._heads = place, rows, 1
+        self.place, self._rows, self._heads = place, rows, 1
         self._dtype, self._transposed, self._block = dtype, transposed, block
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -115,16 +117,28 @@ class MaskedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # the parent'
 
     def write(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
         """Write key and value [B, n, K, D] of new tokens; returns keys and values [B K, S, D] of their rows."""
-        self._reach(key, value)
-        assert self.keys is not None
-        assert self.values is not None
-        keys, values = self.keys, self.values
-        if len(key) != self._rows:
-            start = self._place.row * self._heads
-            keys, values = (x[start : start + len(key) * self._heads] for x in (keys, values))
+        keys, values = self._room(len(key), key.shape[2], key.shape[3], value.shape[3], key)
         self._put(keys, key)
         self._put(values, value)
         return keys, values
+
+    def room(self, rows: int, heads: int, size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values [rows K, S, D] to which a caller writes the new tokens himself."""
+        return self._room(rows, heads, size, size, like)
+
+    def holds(self, dtype: torch.dtype) -> bool:
+        """Whether keys lie transposed, and all in this format."""
+        return self._transposed and self._dtype == dtype
+
+    def _room(self, rows: int, heads: int, key_size: int, value_size: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        self._reach(heads, key_size, value_size, like)
+        assert self.keys is not None
+        assert self.values is not None
+        if rows == self._rows:
+            return self.keys, self.values
+        start = self.place.row * self._heads
+        here = slice(start, start + rows * self._heads)
+        return self.keys[here], self.values[here]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep the rows at `beam_idx` [n], repeats allowed."""
@@ -143,7 +157,7 @@ class MaskedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # the parent'
 
     def _put(self, buffer: Tensor, states: Tensor) -> None:
         b, n, heads, size = states.shape
-        at = self._place.columns
+        at = self.place.columns
         if not isinstance(at, int):
             rows = torch.arange(b, device=buffer.device)[:, None]
             self._apart(buffer)[rows, :, at] = states.to(buffer.dtype)
@@ -152,15 +166,15 @@ class MaskedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # the parent'
         else:
             self._apart(buffer)[:, :, at : at + n] = states.transpose(1, 2)
 
-    def _reach(self, key: Tensor, value: Tensor) -> None:
+    def _reach(self, heads: int, key_size: int, value_size: int, like: Tensor) -> None:
         """Make room. Zeros, for what no mask lets through is still multiplied, by zero."""
-        length = self._place.length
+        length = self.place.length
         if self.keys is None or self.values is None:
-            self._heads, self.is_initialized = key.shape[2], True
+            self._heads, self.is_initialized = heads, True
             rows, width = self._rows * self._heads, columns_for(length, self._block)
-            lying = (rows, key.shape[-1], width) if self._transposed else (rows, width, key.shape[-1])
-            self.keys = self._stored(key.new_zeros(lying, dtype=self._dtype))
-            self.values = value.new_zeros(rows, width, value.shape[-1], dtype=self._dtype)
+            lying = (rows, key_size, width) if self._transposed else (rows, width, key_size)
+            self.keys = self._stored(like.new_zeros(lying, dtype=self._dtype))
+            self.values = like.new_zeros(rows, width, value_size, dtype=self._dtype)
         elif length > self.values.shape[1]:
             width = columns_for(length, self._block)
             keys = _widened(self._stored(self.keys), -1 if self._transposed else -2, width)

@@ -21,6 +21,7 @@ from torch import Tensor
 from tokenloom.batch import Sampling
 from tokenloom.rollout.draft import GroupDrafts
 from tokenloom.rollout.forward import CachedForward, StatefulForward
+from tokenloom.rollout.lean import Lean
 from tokenloom.rollout.listeners import Listeners
 from tokenloom.rollout.masked_forward import MaskedForward, can_be_masked
 from tokenloom.rollout.randomness import row_key, uniform_streams
@@ -45,7 +46,7 @@ def decode_wave(
     sampling: Sampling,
     seed: int,
     *,
-    lean: bool,
+    lean: Lean,
     speculate: int = 0,
     listeners: Listeners,
     shape_logits: ShapeLogits | None = None,

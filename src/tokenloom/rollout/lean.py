@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from tokenloom.policy.own_logits import run_trunk, trunk_of
 from tokenloom.rollout.attention import attend
+from tokenloom.rollout.native import block as compiled
+from tokenloom.rollout.native.fitting import reproduces
 from tokenloom.rollout.products import kernel_dtype, product, products
 
 Form = Callable[..., Any]
@@ -29,14 +31,23 @@ Make = Callable[[Any], Form]
 _FEW = 4096
 _PROBE = 6
 _fitting: WeakKeyDictionary[nn.Module, list[tuple[nn.Module, Make]]] = WeakKeyDictionary()
+_compilable: WeakKeyDictionary[nn.Module, dict[torch.dtype, list[nn.Module]]] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Lean:
+    """What of a model is in lean forms: all of its attention, and whether its layers are compiled code."""
+
+    attention: bool = False
+    compiled: bool = False
 
 
 @dataclass
 class _Leaned:
-    """Forms that stand in a model, whether all of its attention is lean, and how many have asked for them."""
+    """Forms that stand in a model, what they are, and how many have asked for them."""
 
     stack: ExitStack
-    attention: bool
+    lean: Lean
     users: int = 0
 
 
@@ -44,21 +55,21 @@ _leaned: WeakKeyDictionary[nn.Module, _Leaned] = WeakKeyDictionary()
 
 
 @contextmanager
-def lean_modules(causal: Any) -> Iterator[bool]:
+def lean_modules(causal: Any) -> Iterator[Lean]:
     """While it lasts, `causal` runs on lean forms where they fit, and on `product` in all other linear layers.
 
-    Yields whether all of its attention is lean. The caller holds `contexts.sampling_mode`; weights must not change.
+    Yields what is lean. The caller holds `contexts.sampling_mode`; weights must not change.
     On other devices than the CPU nothing is replaced. Several may hold it at once and let go in any order.
     """
     if next(causal.parameters()).device.type != "cpu":
-        yield False
+        yield Lean()
         return
     held = _leaned.get(causal)
     if held is None:
         held = _leaned[causal] = _lean(causal)
     held.users += 1
     try:
-        yield held.attention
+        yield held.lean
     finally:
         held.users -= 1
         if not held.users:
@@ -70,19 +81,25 @@ def lean_modules(causal: Any) -> Iterator[bool]:
 def _lean(causal: Any) -> _Leaned:
     if causal not in _fitting:
         _fitting[causal] = _forms_that_fit(causal)
+    # What fitted may have been changed since: another number format, other attention.
+    forms = [(module, make) for module, make in _fitting[causal] if make in _candidates(module)]
     with ExitStack() as stack:
         covered: set[nn.Module] = set()
-        # What fitted may have been changed since: another number format, other attention.
-        forms = [(module, make) for module, make in _fitting[causal] if make in _candidates(module)]
+        count = 0
+        for module, form in _compiled(causal, dict(forms)):
+            stack.enter_context(_replaced(module, form))
+            covered.update(module.modules())
+            count += isinstance(form, compiled.CompiledLayer)
         for module, make in forms:
-            stack.enter_context(_replaced(module, make(module)))
-            covered.update(module.children())
+            if module not in covered:
+                stack.enter_context(_replaced(module, make(module)))
+                covered.update(module.children())
         for module in causal.modules():
             if module not in covered and kernel_dtype([module]) is not None:
                 stack.enter_context(_replaced(module, product([module])))
         attentions = sum(make is _attention for _, make in forms)
         layers = causal.config.get_text_config(decoder=True).num_hidden_layers
-        return _Leaned(stack.pop_all(), attentions == layers)
+        return _Leaned(stack.pop_all(), Lean(attentions == layers, count == layers))
 
 
 @contextmanager
@@ -209,6 +226,16 @@ def _block(module: Any) -> Form:
 
 def _forms_that_fit(causal: Any) -> list[tuple[nn.Module, Make]]:
     """Modules with a form that gives what they give in a forward of a few tokens."""
+    found = []
+    with torch.autocast("cpu", enabled=False):
+        for module, call in _calls(causal, lambda module: bool(_candidates(module))).items():
+            makes = [make for make in _candidates(module) if _fits(make(module), *call)]
+            found += [(module, make) for make in makes[:1]]
+    return found
+
+
+def _calls(causal: Any, wanted: Callable[[nn.Module], bool]) -> dict[nn.Module, tuple[Any, Any, Any]]:
+    """Arguments and outputs of the wanted modules in a forward of a few tokens, in float32."""
     trunk = trunk_of(causal)
     calls: dict[nn.Module, tuple[Any, Any, Any]] = {}
 
@@ -218,17 +245,47 @@ def _forms_that_fit(causal: Any) -> list[tuple[nn.Module, Make]]:
     ids = torch.arange(2 * _PROBE).remainder(causal.config.get_text_config(decoder=True).vocab_size).view(2, _PROBE)
     mask = torch.ones_like(ids)
     mask[0, -1] = 0  # so that attention is given a mask
-    with ExitStack() as stack:
+    with ExitStack() as stack, torch.autocast("cpu", enabled=False):
         for module in trunk.modules():
-            if _candidates(module):
+            if wanted(module):
                 stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
-        stack.enter_context(torch.autocast("cpu", enabled=False))
         run_trunk(trunk, ids, mask=mask)
-        found = []
-        for module, call in calls.items():
-            makes = [make for make in _candidates(module) if _fits(make(module), *call)]
-            found += [(module, make) for make in makes[:1]]
-        return found
+    return calls
+
+
+def _compiled(causal: Any, makes: dict[nn.Module, Make]) -> Iterator[tuple[nn.Module, Form]]:
+    """Layers that are compiled code here, and the head with them."""
+    dtype = compiled.format_here()
+    if dtype is None:
+        return
+    norms = {
+        m: (_scale(m, make), _eps(m) or 0.0) for m, make in makes.items() if make in (_rms_norm, _shifted_rms_norm)
+    }
+    known = _compilable.setdefault(causal, {})
+    if dtype not in known:
+        layers = [m for m, make in makes.items() if make is _block and _is_plain(m, makes) and compiled.describes(m)]
+        calls = _calls(causal, lambda module: module in layers)
+        known[dtype] = [m for m in layers if m in calls and reproduces(m, norms, dtype, calls[m])]
+    for module in known[dtype]:
+        if _is_plain(module, makes) and compiled.describes(module) and not any(compiled.hooks_inside(module)):
+            yield module, compiled.CompiledLayer(module, norms, dtype, type(module).forward.__get__(module))
+    head = causal.get_output_embeddings()
+    if known[dtype] and compiled.is_linear(head) and compiled.most_rows(dtype) is None:
+        yield head, compiled.linear(head, dtype)
+
+
+def _is_plain(layer: Any, makes: dict[nn.Module, Make]) -> bool:
+    """Whether each part of a layer is one that a compiled layer has too."""
+    attention = layer.self_attn
+    norms = [layer.input_layernorm, layer.post_attention_layernorm]
+    norms += [norm for name in ("q_norm", "k_norm") if (norm := getattr(attention, name, None)) is not None]
+    plain = makes.get(attention) is _attention and makes.get(layer.mlp) is _gated_mlp
+    return plain and all(makes.get(norm) in (_rms_norm, _shifted_rms_norm) for norm in norms)
+
+
+def _scale(norm: Any, make: Make) -> Tensor:
+    weight: Tensor = norm.weight.detach().float()
+    return weight + 1.0 if make is _shifted_rms_norm else weight
 
 
 def _candidates(module: Any) -> list[Make]:

@@ -17,14 +17,13 @@ from torch import Tensor
 
 from tokenloom.policy.tree_forward import MaskKinds
 from tokenloom.rollout.attention import BLOCKED
+from tokenloom.rollout.cache_block import block_of
 from tokenloom.rollout.forward import ModelCall, base_model, left_padded, model_positions
+from tokenloom.rollout.lean import Lean
 
 _NOWHERE = 2**40  # a position that no token sees
 _LEAST_SHARED = 64  # tokens to save before a forward of its own is worth it
 _CHUNK = 1024  # tokens of a prefill at once, to bound its memory
-# Columns by which the cache grows: few where attention takes its time to each, many where new shapes do.
-_BLOCK = {"cpu": 16}
-_BLOCK_ELSEWHERE = 128
 # Up to so many rows, products in bfloat16 cost more to call than they save in reading.
 _FEW_ROWS = 8
 
@@ -38,15 +37,15 @@ def can_be_masked(policy: Any) -> bool:
 
 
 class MaskedForward:
-    """See `forward.CachedForward`; `lean` says that all attention is in lean forms (see `lean`)."""
+    """See `forward.CachedForward`; `lean` says what of the model is in lean forms."""
 
-    def __init__(self, policy: Any, *, lean: bool) -> None:
+    def __init__(self, policy: Any, *, lean: Lean) -> None:
         from tokenloom.rollout.cache import Place
 
         self._call, self._device, self._lean, self._place = ModelCall(policy.model), policy.device, lean, Place()
         self._config, self._positions = base_model(policy.model).config, model_positions(policy)
         self._kinds = MaskKinds.from_config(self._config)
-        self._block = _BLOCK.get(self._device.type, _BLOCK_ELSEWHERE)
+        self._block = block_of(self._device, lean)
         self._casts = torch.is_autocast_enabled(self._device.type)
         weights = next(base_model(policy.model).parameters()).dtype
         self._dtype = torch.get_autocast_dtype(self._device.type) if self._casts else weights
@@ -55,7 +54,7 @@ class MaskedForward:
         """See `CachedForward`."""
         from tokenloom.rollout.cache import new_masked_cache
 
-        if self._lean and self._casts and len(rows) <= _FEW_ROWS:
+        if self._lean.attention and not self._lean.compiled and self._casts and len(rows) <= _FEW_ROWS:
             self._dtype = torch.float32
         ids, pads = left_padded(prompts, self._device)
         self._width, self._reached = ids.shape[1], 0
@@ -67,8 +66,8 @@ class MaskedForward:
                 self._config,
                 self._place,
                 rows=1 if self._shared else len(prompts),
-                dtype=self._dtype if self._lean else None,
-                transposed=self._lean,
+                dtype=self._dtype if self._lean.attention else None,
+                transposed=self._lean.attention,
                 block=self._block,
             ),
         )

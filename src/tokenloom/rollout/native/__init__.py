@@ -1,0 +1,1 @@
+"""A decoder layer in one call on the CPU; see `block`."""

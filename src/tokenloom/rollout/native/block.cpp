@@ -1,0 +1,547 @@
+// Few tokens through one decoder layer, and matrix products of few rows, on AVX-512: in float32, or in bfloat16 with
+// float32 sums where the processor has such products.
+//
+// A decode step is too small for calls of single operations: here a layer is one call. Its weights stream through the
+// cores once, for all rows together. Everything works on raw pointers; `block.py` checks sizes and formats.
+//
+// T is the format of weights, of what goes into products, and of the cache.
+//
+// Letters: M rows (tokens), K inputs, N outputs, B sequences of n tokens each (M = B n), H query heads, G key/value
+// heads, D head size, S columns of the cache, of which U are in use.
+
+#include <immintrin.h>
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <string.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace {
+
+using bf16 = uint16_t;
+constexpr int kPanel = 32;  // outputs that are summed together: two vectors of 16
+constexpr int kRows = 12;   // rows that are summed together: 24 of the 32 registers
+constexpr int64_t kChunk = 256 * 1024;  // bytes of the rows that are read again for each panel
+
+inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
+
+inline void store(float* p, __m512 x) { _mm512_storeu_ps(p, x); }
+
+inline void store_one(float* p, float x) { *p = x; }
+
+#ifdef __AVX512BF16__
+inline __m512 load(const bf16* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+
+inline void store(bf16* p, __m512 x) {
+  const __m256bh half = _mm512_cvtneps_pbh(x);
+  memcpy(p, &half, sizeof half);
+}
+
+inline void store_one(bf16* p, float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7fffffffu) > 0x7f800000u) {  // not a number stays one
+    *p = static_cast<bf16>((bits >> 16) | 64);
+  } else {
+    *p = static_cast<bf16>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+  }
+}
+#endif
+
+// exp(x) to about one unit in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2].
+// Beyond 200 on either side it is 0 or infinite; what is not a number stays so.
+inline __m512 exponential(__m512 x) {
+  x = _mm512_min_ps(_mm512_set1_ps(200.f), _mm512_max_ps(_mm512_set1_ps(-200.f), x));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504088896341f)), 8);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.f / 5040);
+  for (float c : {1.f / 720, 1.f / 120, 1.f / 24, 1.f / 6, 0.5f, 1.f, 1.f}) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(p, n);
+}
+
+inline __m512 sigmoid(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1.f);
+  return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), x))));
+}
+
+enum Activation { kSilu = 0, kGeluTanh = 1 };
+
+inline __m512 activated(__m512 x, int kind) {
+  if (kind == kSilu) return _mm512_mul_ps(x, sigmoid(x));
+  // (1 + tanh u) / 2 = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+  const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), x);
+  const __m512 u = _mm512_fmadd_ps(_mm512_set1_ps(0.044715f), cube, x);
+  return _mm512_mul_ps(x, sigmoid(_mm512_mul_ps(_mm512_set1_ps(1.5957691216057308f), u)));
+}
+
+// -- products ----------------------------------------------------------------------------------------
+
+// A stack of up to three matrices [rows, K] in float32; or, in bfloat16, what `pack` made of them, as the first part.
+struct Weight {
+  const void* part[3];
+  int64_t rows[3];
+  int64_t alternate;  // 16 outputs of the first, then 16 of the second, and so on
+};
+
+// 32 outputs of a weight.
+template <class T>
+struct Panel;
+
+// 16 numbers from each of 16 rows (null: zeros), to out [16, 32 apart] the other way round.
+inline void transpose(const float* const* row, int64_t k, float* out) {
+  __m512 r[16], t[16];
+  for (int i = 0; i < 16; ++i) {
+    r[i] = row[i] ? _mm512_loadu_ps(row[i] + k) : _mm512_setzero_ps();
+    _mm_prefetch(reinterpret_cast<const char*>(row[i] + k) + 512, _MM_HINT_T0);
+  }
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+  }
+  const auto low = [](__m512 x, __m512 y) {
+    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+  };
+  const auto high = [](__m512 x, __m512 y) {
+    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
+  };
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = low(t[i], t[i + 2]), r[i + 1] = high(t[i], t[i + 2]);
+    r[i + 2] = low(t[i + 1], t[i + 3]), r[i + 3] = high(t[i + 1], t[i + 3]);
+  }
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88), odd = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd);
+    const __m512 later = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
+    const __m512 latest = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
+    _mm512_storeu_ps(out + c * kPanel, _mm512_shuffle_f32x4(even, later, 0x88));
+    _mm512_storeu_ps(out + (8 + c) * kPanel, _mm512_shuffle_f32x4(even, later, 0xdd));
+    _mm512_storeu_ps(out + (4 + c) * kPanel, _mm512_shuffle_f32x4(odd, latest, 0x88));
+    _mm512_storeu_ps(out + (12 + c) * kPanel, _mm512_shuffle_f32x4(odd, latest, 0xdd));
+  }
+}
+
+constexpr int kDot = 4;  // rows up to which weights are taken as they lie
+
+// Turned on the way, to [K, 32 outputs], for more rows than kDot.
+template <>
+struct Panel<float> {
+  const float* row[kPanel];
+  const float* at = nullptr;
+
+  Panel(const Weight& weight, int64_t p, int64_t K, int64_t M) {
+    for (int j = 0; j < kPanel; ++j) {
+      int64_t part = 0, i = p * kPanel + j;
+      if (weight.alternate) {
+        part = j / 16, i = p * 16 + j % 16;
+      } else {
+        while (part < 2 && i >= weight.rows[part]) i -= weight.rows[part++];
+      }
+      row[j] = i < weight.rows[part] ? static_cast<const float*>(weight.part[part]) + i * K : nullptr;
+    }
+    if (M <= kDot) return;
+    thread_local std::vector<float> turned;
+    turned.resize(K * kPanel);
+    for (int64_t k = 0; k < K; k += 16) {
+      for (int half = 0; half < kPanel; half += 16) transpose(row + half, k, turned.data() + k * kPanel + half);
+    }
+    at = turned.data();
+  }
+};
+
+// Sums of R rows of x over one panel, each a vector of parts to be added up.
+template <int R>
+inline void dots(const float* x, int64_t K, const Panel<float>& panel, __m512 (&sum)[kRows][2]) {
+  alignas(64) float found[R][kPanel] = {};
+  for (int j = 0; j < kPanel; j += 4) {
+    if (!panel.row[j]) break;
+    __m512 s[R][4];
+    const float* row[4];
+    for (int i = 0; i < 4; ++i) row[i] = panel.row[j + i] ? panel.row[j + i] : panel.row[j];
+    for (int r = 0; r < R; ++r) {
+      for (int i = 0; i < 4; ++i) s[r][i] = _mm512_setzero_ps();
+    }
+    for (int64_t k = 0; k < K; k += 16) {
+      for (int r = 0; r < R; ++r) {
+        const __m512 v = _mm512_loadu_ps(x + r * K + k);
+        for (int i = 0; i < 4; ++i) s[r][i] = _mm512_fmadd_ps(v, _mm512_loadu_ps(row[i] + k), s[r][i]);
+      }
+    }
+    for (int r = 0; r < R; ++r) {
+      for (int i = 0; i < 4; ++i) found[r][j + i] = _mm512_reduce_add_ps(s[r][i]);
+    }
+  }
+  for (int r = 0; r < R; ++r) sum[r][0] = _mm512_load_ps(found[r]), sum[r][1] = _mm512_load_ps(found[r] + 16);
+}
+
+template <int R>
+inline void sums(const float* x, int64_t K, const Panel<float>& panel, __m512 (&sum)[kRows][2]) {
+  if constexpr (R <= kDot) {
+    if (!panel.at) return dots<R>(x, K, panel, sum);
+  }
+  __m512 s[R][2];
+  for (int r = 0; r < R; ++r) s[r][0] = s[r][1] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < K; ++k) {
+    const __m512 w0 = _mm512_loadu_ps(panel.at + k * kPanel), w1 = _mm512_loadu_ps(panel.at + k * kPanel + 16);
+    for (int r = 0; r < R; ++r) {
+      const __m512 v = _mm512_set1_ps(x[r * K + k]);
+      s[r][0] = _mm512_fmadd_ps(v, w0, s[r][0]);
+      s[r][1] = _mm512_fmadd_ps(v, w1, s[r][1]);
+    }
+  }
+  for (int r = 0; r < R; ++r) sum[r][0] = s[r][0], sum[r][1] = s[r][1];
+}
+
+#ifdef __AVX512BF16__
+// It lies as [K / 2, 32 outputs, 2 inputs].
+template <>
+struct Panel<bf16> {
+  const bf16* at;
+
+  Panel(const Weight& weight, int64_t p, int64_t K, int64_t) : at(static_cast<const bf16*>(weight.part[0]) + p * kPanel * K) {}
+};
+
+template <int R>
+inline void sums(const bf16* x, int64_t K, const Panel<bf16>& panel, __m512 (&sum)[kRows][2]) {
+  __m512 s[R][2];
+  for (int r = 0; r < R; ++r) s[r][0] = s[r][1] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < K; k += 2) {
+    const __m512bh w0 = (__m512bh)_mm512_loadu_si512(panel.at + k * kPanel);
+    const __m512bh w1 = (__m512bh)_mm512_loadu_si512(panel.at + k * kPanel + kPanel);
+    for (int r = 0; r < R; ++r) {
+      int pair;
+      memcpy(&pair, x + r * K + k, sizeof pair);
+      const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+      s[r][0] = _mm512_dpbf16_ps(s[r][0], both, w0);
+      s[r][1] = _mm512_dpbf16_ps(s[r][1], both, w1);
+    }
+  }
+  for (int r = 0; r < R; ++r) sum[r][0] = s[r][0], sum[r][1] = s[r][1];
+}
+#endif
+
+template <int R, class T>
+void some(int rows, const T* x, int64_t K, const Panel<T>& panel, __m512 (&sum)[kRows][2]) {
+  if (rows == R) return sums<R>(x, K, panel, sum);
+  if constexpr (R > 1) some<R - 1>(rows, x, K, panel, sum);
+}
+
+// A thread's share of `count` things.
+inline void share(int64_t count, int64_t* begin, int64_t* end) {
+  const int64_t threads = omp_get_num_threads(), own = omp_get_thread_num();
+  *begin = count * own / threads;
+  *end = count * (own + 1) / threads;
+}
+
+// For each panel of this thread and each block of rows: emit(row, panel, the 32 sums of the row).
+template <class T, class Emit>
+void products(const T* x, int64_t M, int64_t K, int64_t N, const Weight& weight, Emit emit) {
+  int64_t first, last;
+  share((N + kPanel - 1) / kPanel, &first, &last);
+  __m512 sum[kRows][2];
+  // So many rows that they stay in the cache while all panels pass.
+  const int64_t most = kChunk / static_cast<int64_t>(sizeof(T)), chunks = (M * K + most - 1) / most;
+  for (int64_t c = 0; c < chunks; ++c) {
+    const int64_t top = M * c / chunks, rows = M * (c + 1) / chunks - top, blocks = (rows + kRows - 1) / kRows;
+    for (int64_t p = first; p < last; ++p) {
+      const Panel<T> panel(weight, p, K, M);
+      for (int64_t b = 0; b < blocks; ++b) {
+        const int64_t from = top + rows * b / blocks, to = top + rows * (b + 1) / blocks;
+        some<kRows, T>(static_cast<int>(to - from), x + from * K, K, panel, sum);
+        for (int64_t m = from; m < to; ++m) emit(m, p, sum[m - from]);
+      }
+    }
+  }
+}
+
+// -- parts of a layer --------------------------------------------------------------------------------
+
+// x / rms(x) * weight.
+inline void rms_norm(const float* x, const float* weight, float eps, int64_t K, float* out) {
+  __m512 squares = _mm512_setzero_ps();
+  for (int64_t k = 0; k < K; k += 16) {
+    const __m512 v = _mm512_loadu_ps(x + k);
+    squares = _mm512_fmadd_ps(v, v, squares);
+  }
+  const __m512 scale = _mm512_set1_ps(1.f / sqrtf(_mm512_reduce_add_ps(squares) / K + eps));
+  for (int64_t k = 0; k < K; k += 16) {
+    const __m512 v = _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(x + k), scale), _mm512_loadu_ps(weight + k));
+    _mm512_storeu_ps(out + k, v);
+  }
+}
+
+template <class T>
+void normed_rows(const float* x, int64_t M, int64_t K, const float* weight, float eps, T* out) {
+  thread_local std::vector<float> row;
+  row.resize(K);
+  int64_t first, last;
+  share(M, &first, &last);
+  for (int64_t m = first; m < last; ++m) {
+    rms_norm(x + m * K, weight, eps, K, row.data());
+    for (int64_t k = 0; k < K; k += 16) store(out + m * K + k, _mm512_loadu_ps(row.data() + k));
+  }
+}
+
+// Rotary positions: the two halves of a head are the coordinates of each plane.
+inline void turn(float* x, const float* cos, const float* sin, int64_t D) {
+  const int64_t half = D / 2;
+  for (int64_t d = 0; d < half; d += 16) {
+    const __m512 a = _mm512_loadu_ps(x + d), b = _mm512_loadu_ps(x + half + d);
+    const __m512 c0 = _mm512_loadu_ps(cos + d), c1 = _mm512_loadu_ps(cos + half + d);
+    const __m512 s0 = _mm512_loadu_ps(sin + d), s1 = _mm512_loadu_ps(sin + half + d);
+    _mm512_storeu_ps(x + d, _mm512_fnmadd_ps(b, s0, _mm512_mul_ps(a, c0)));
+    _mm512_storeu_ps(x + half + d, _mm512_fmadd_ps(a, s1, _mm512_mul_ps(b, c1)));
+  }
+}
+
+constexpr int kTogether = 6;  // queries whose scores are summed together
+
+// scores [R, 32] += of R queries with columns s to s + 31 of keys [D, S].
+template <int R, class T>
+inline void scored(const float* q, const T* keys, int64_t D, int64_t S, float* scores, int64_t stride) {
+  __m512 s[R][2];
+  for (int r = 0; r < R; ++r) s[r][0] = s[r][1] = _mm512_setzero_ps();
+  for (int64_t d = 0; d < D; ++d) {
+    const __m512 k0 = load(keys + d * S), k1 = load(keys + d * S + 16);
+    for (int r = 0; r < R; ++r) {
+      const __m512 v = _mm512_set1_ps(q[r * D + d]);
+      s[r][0] = _mm512_fmadd_ps(v, k0, s[r][0]);
+      s[r][1] = _mm512_fmadd_ps(v, k1, s[r][1]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    _mm512_storeu_ps(scores + r * stride, s[r][0]);
+    _mm512_storeu_ps(scores + r * stride + 16, s[r][1]);
+  }
+}
+
+// out [R, 32] = of probabilities [R, S] with values [S, D], 32 of the D.
+template <int R, class T>
+inline void mixed(const float* p, int64_t stride, const T* values, int64_t D, int64_t S, float* out) {
+  __m512 o[R][2];
+  for (int r = 0; r < R; ++r) o[r][0] = o[r][1] = _mm512_setzero_ps();
+  for (int64_t s = 0; s < S; ++s) {
+    const __m512 v0 = load(values + s * D), v1 = load(values + s * D + 16);
+    for (int r = 0; r < R; ++r) {
+      const __m512 w = _mm512_set1_ps(p[r * stride + s]);
+      o[r][0] = _mm512_fmadd_ps(w, v0, o[r][0]);
+      o[r][1] = _mm512_fmadd_ps(w, v1, o[r][1]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    _mm512_storeu_ps(out + r * D, o[r][0]);
+    _mm512_storeu_ps(out + r * D + 16, o[r][1]);
+  }
+}
+
+template <int R, class T>
+void scored_some(int rows, const float* q, const T* keys, int64_t D, int64_t S, float* scores, int64_t stride) {
+  if (rows == R) return scored<R>(q, keys, D, S, scores, stride);
+  if constexpr (R > 1) scored_some<R - 1>(rows, q, keys, D, S, scores, stride);
+}
+
+template <int R, class T>
+void mixed_some(int rows, const float* p, int64_t stride, const T* values, int64_t D, int64_t S, float* out) {
+  if (rows == R) return mixed<R>(p, stride, values, D, S, out);
+  if constexpr (R > 1) mixed_some<R - 1>(rows, p, stride, values, D, S, out);
+}
+
+// exp(scores scaling + mask), and the sum of it, of the first S scores; what lies behind becomes 0.
+template <class T>
+inline float masses(float* scores, const T* mask, float scaling, int64_t S, int64_t padded) {
+  __m512 most = _mm512_set1_ps(-INFINITY);
+  for (int64_t s = 0; s < S; s += 16) {
+    const __m512 v = _mm512_fmadd_ps(_mm512_loadu_ps(scores + s), _mm512_set1_ps(scaling), load(mask + s));
+    _mm512_storeu_ps(scores + s, v);
+    most = _mm512_max_ps(most, v);
+  }
+  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+  __m512 sum = _mm512_setzero_ps();
+  for (int64_t s = 0; s < S; s += 16) {
+    const __m512 v = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + s), top));
+    _mm512_storeu_ps(scores + s, v);
+    sum = _mm512_add_ps(sum, v);
+  }
+  for (int64_t s = S; s < padded; ++s) scores[s] = 0.f;
+  return _mm512_reduce_add_ps(sum);
+}
+
+struct Layer {
+  int64_t width, heads, groups, size, inner, activation;
+  float first_eps, second_eps, query_eps, key_eps, scaling;
+  const float *first_norm, *second_norm, *query_norm, *key_norm;  // [K]; the last two [D] or null
+  const float *qkv_bias, *out_bias;                               // [N] or null
+  Weight qkv, out, gated, down;
+};
+
+struct Step {
+  int64_t rows, tokens, columns, used;                // B, n, S, U: the last two multiples of 16
+  const float *cos, *sin;                             // [B or 1, n, D]
+  const void* mask;                                   // T [B or 1, n or 1, S], added to the scores
+  const int64_t* places;                              // [B, n]: columns of the new tokens
+  int64_t angles_by_row, mask_by_row, mask_by_token;  // 0 where all rows, or tokens, have the same
+};
+
+// out [M, N] float32 = x [M, K] times the weight's transpose.
+template <class T>
+void linear(const T* x, int64_t M, int64_t K, int64_t N, const Weight& weight, float* out, int64_t threads) {
+#pragma omp parallel num_threads(threads)
+  products(x, M, K, N, weight, [&](int64_t m, int64_t p, __m512* sum) {
+    for (int half = 0; half < 2; ++half) {
+      const int64_t n = p * kPanel + 16 * half;
+      if (n < N) _mm512_mask_storeu_ps(out + m * N + n, N - n < 16 ? (1u << (N - n)) - 1 : 0xffff, sum[half]);
+    }
+  });
+}
+
+// hidden [M, K] becomes what the layer makes of it; keys [B G, D, S] and values [B G, S, D] get the new tokens.
+template <class T>
+void block(const Layer& l, const Step& t, float* hidden, T* keys, T* values, int64_t threads) {
+  const int64_t n = t.tokens, M = t.rows * n, K = l.width, D = l.size, S = t.columns, shared = l.heads / l.groups;
+  const int64_t all = (l.heads + 2 * l.groups) * D, own = l.heads * D, R = shared * n;
+  const int64_t U = t.used, padded = (U + 31) / 32 * 32;
+  thread_local std::vector<T> normed, mix, inner;
+  thread_local std::vector<float> qkv;
+  normed.resize(M * K), mix.resize(M * own), inner.resize(M * l.inner), qkv.resize(M * all);
+  T *const normed_at = normed.data(), *const mix_at = mix.data(), *const inner_at = inner.data();
+  float* const qkv_at = qkv.data();
+
+#pragma omp parallel num_threads(threads)
+  {
+    normed_rows(hidden, M, K, l.first_norm, l.first_eps, normed_at);
+#pragma omp barrier
+    products(normed_at, M, K, all, l.qkv, [&](int64_t m, int64_t p, __m512* sum) {
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = p * kPanel + 16 * half;
+        if (at >= all) continue;
+        const __m512 bias = l.qkv_bias ? _mm512_loadu_ps(l.qkv_bias + at) : _mm512_setzero_ps();
+        _mm512_storeu_ps(qkv_at + m * all + at, _mm512_add_ps(sum[half], bias));
+      }
+    });
+#pragma omp barrier
+    thread_local std::vector<float> query, scores, mixture;
+    thread_local std::vector<T> tail;
+    query.resize(R * D), scores.resize(kTogether * padded), mixture.resize(kTogether * D);
+    int64_t first, last;
+    share(t.rows * l.groups, &first, &last);
+    for (int64_t item = first; item < last; ++item) {
+      const int64_t b = item / l.groups, g = item % l.groups;
+      T *const key = keys + item * D * S, *const value = values + item * S * D;
+      for (int64_t i = 0; i < n; ++i) {
+        float* const row = qkv_at + (b * n + i) * all;
+        const int64_t angle = (t.angles_by_row * b * n + i) * D, column = t.places[b * n + i];
+        float *const k = row + (l.heads + g) * D, *const v = k + l.groups * D;
+        if (l.key_norm) rms_norm(k, l.key_norm, l.key_eps, D, k);
+        turn(k, t.cos + angle, t.sin + angle, D);
+        for (int64_t d = 0; d < D; ++d) store_one(key + d * S + column, k[d]);
+        for (int64_t d = 0; d < D; d += 16) store(value + column * D + d, _mm512_loadu_ps(v + d));
+        for (int64_t h = 0; h < shared; ++h) {
+          float* const q = query.data() + (h * n + i) * D;
+          memcpy(q, row + (g * shared + h) * D, D * sizeof(float));
+          if (l.query_norm) rms_norm(q, l.query_norm, l.query_eps, D, q);
+          turn(q, t.cos + angle, t.sin + angle, D);
+        }
+      }
+      const T* ends = key + U / 32 * 32;
+      if (padded != U) {  // the last 16 columns, with zeros behind them
+        tail.assign(D * 32, 0);
+        for (int64_t d = 0; d < D; ++d) memcpy(tail.data() + d * 32, ends + d * S, 16 * sizeof(T));
+        ends = tail.data();
+      }
+      for (int64_t r = 0; r < R; r += kTogether) {
+        const int rows = static_cast<int>(std::min<int64_t>(kTogether, R - r));
+        float *const here = scores.data(), *const out = mixture.data();
+        for (int64_t s = 0; s < padded; s += 32) {
+          const bool end = s + 32 > U;
+          scored_some<kTogether>(
+              rows, query.data() + r * D, end ? ends : key + s, D, end ? 32 : S, here + s, padded);
+        }
+        float inverse[kTogether];
+        for (int i = 0; i < rows; ++i) {
+          const int64_t token = (r + i) % n;
+          const T* const mask =
+              static_cast<const T*>(t.mask) + (t.mask_by_row * b * (t.mask_by_token ? n : 1) + t.mask_by_token * token) * S;
+          inverse[i] = 1.f / masses(here + i * padded, mask, l.scaling, U, padded);
+        }
+        for (int64_t d = 0; d < D; d += 32) {
+          mixed_some<kTogether>(rows, here, padded, value + d, D, U, out + d);
+        }
+        for (int i = 0; i < rows; ++i) {
+          const int64_t h = (r + i) / n, token = (r + i) % n;
+          T* const to = mix_at + (b * n + token) * own + (g * shared + h) * D;
+          for (int64_t d = 0; d < D; d += 16) {
+            const __m512 v = _mm512_loadu_ps(out + i * D + d);
+            store(to + d, _mm512_mul_ps(v, _mm512_set1_ps(inverse[i])));
+          }
+        }
+      }
+    }
+#pragma omp barrier
+    const auto added = [&](int64_t m, int64_t p, __m512* sum, const float* bias) {
+      for (int half = 0; half < 2; ++half) {
+        const int64_t at = p * kPanel + 16 * half;
+        if (at >= K) continue;
+        float* const to = hidden + m * K + at;
+        if (bias) sum[half] = _mm512_add_ps(sum[half], _mm512_loadu_ps(bias + at));
+        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum[half]));
+      }
+    };
+    products(mix_at, M, own, K, l.out, [&](int64_t m, int64_t p, __m512* s) { added(m, p, s, l.out_bias); });
+#pragma omp barrier
+    normed_rows(hidden, M, K, l.second_norm, l.second_eps, normed_at);
+#pragma omp barrier
+    products(normed_at, M, K, 2 * l.inner, l.gated, [&](int64_t m, int64_t p, __m512* sum) {
+      store(inner_at + m * l.inner + 16 * p, _mm512_mul_ps(activated(sum[0], static_cast<int>(l.activation)), sum[1]));
+    });
+#pragma omp barrier
+    products(inner_at, M, l.inner, K, l.down, [&](int64_t m, int64_t p, __m512* s) { added(m, p, s, nullptr); });
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+void linear_float32(
+    const float* x, int64_t M, int64_t K, int64_t N, const Weight* weight, float* out, int64_t threads) {
+  linear(x, M, K, N, *weight, out, threads);
+}
+
+void block_float32(
+    const Layer* layer, const Step* step, float* hidden, float* keys, float* values, int64_t threads) {
+  block(*layer, *step, hidden, keys, values, threads);
+}
+
+#ifdef __AVX512BF16__
+// weight [N, K] in float32 as panels; with `other`, 16 outputs of each take turns.
+void pack(const float* weight, const float* other, int64_t N, int64_t K, bf16* out, int64_t threads) {
+  const int64_t half = kPanel / 2, from_each = other ? half : kPanel;
+  const int64_t panels = (N + from_each - 1) / from_each;
+#pragma omp parallel for num_threads(threads)
+  for (int64_t p = 0; p < panels; ++p) {
+    bf16* panel = out + p * kPanel * K;
+    for (int64_t j = 0; j < kPanel; ++j) {
+      const float* source = other && j >= half ? other : weight;
+      const int64_t row = p * from_each + (other ? j % half : j);
+      for (int64_t k = 0; k < K; ++k) {
+        store_one(panel + (k / 2) * 2 * kPanel + 2 * j + k % 2, row < N ? source[row * K + k] : 0.f);
+      }
+    }
+  }
+}
+
+void linear_bfloat16(
+    const bf16* x, int64_t M, int64_t K, int64_t N, const Weight* weight, float* out, int64_t threads) {
+  linear(x, M, K, N, *weight, out, threads);
+}
+
+void block_bfloat16(const Layer* layer, const Step* step, float* hidden, bf16* keys, bf16* values, int64_t threads) {
+  block(*layer, *step, hidden, keys, values, threads);
+}
+#endif
+
+}  // extern "C"

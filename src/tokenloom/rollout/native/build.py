@@ -1,0 +1,94 @@
+"""Compiles `block.cpp` with the machine's C++ compiler, once, and loads it.
+
+Nothing depends on it: without a compiler, on another processor, or with `TOKENLOOM_NATIVE=0` in the environment,
+decoding takes PyTorch's operations. The library lies in the cache folder, under a name that changes with the source,
+the flags and the compiler.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from tokenloom.policy.cache import build_once, cache_folder
+
+_SOURCE = Path(__file__).with_name("block.cpp")
+# Named one by one, not -march=native: a home folder may be shared with machines that have other instructions.
+_FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"]
+_FLAGS += ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
+_BFLOAT16 = "-mavx512bf16"
+_SECONDS = 120
+_POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
+_LINEAR = [_POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER, _COUNT]
+_BLOCK = [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _COUNT]
+_ARGUMENTS = {"linear_float32": _LINEAR, "block_float32": _BLOCK}
+_ARGUMENTS_BFLOAT16 = {
+    "linear_bfloat16": _LINEAR,
+    "block_bfloat16": _BLOCK,
+    "pack": [_POINTER, _POINTER, _COUNT, _COUNT, _POINTER, _COUNT],
+}
+_log = logging.getLogger(__name__)
+
+
+def serves(dtype: torch.dtype) -> bool:
+    """Whether there is compiled code for this machine and this format."""
+    wanted = {torch.float32: True, torch.bfloat16: _has("_is_avx512_bf16_supported")}
+    return wanted.get(dtype, False) and library() is not None
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions, or None where they are not to be had."""
+    if os.environ.get("TOKENLOOM_NATIVE", "1") == "0" or not _runs_here():
+        return None
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        _log.info("no C++ compiler found: decoding goes on with PyTorch's operations, at half the speed or less")
+        return None
+    narrow = _has("_is_avx512_bf16_supported")
+    flags = [*_FLAGS, _BFLOAT16] if narrow else _FLAGS
+    try:
+        folder = build_once(_target(compiler, flags), lambda folder: _compile(compiler, flags, folder))
+        found = ctypes.CDLL(str(folder / "block.so"))
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or error
+        _log.warning("decoding goes on with PyTorch's operations, %s did not compile: %s", _SOURCE.name, said)
+        return None
+    for name, arguments in (_ARGUMENTS | (_ARGUMENTS_BFLOAT16 if narrow else {})).items():
+        function = getattr(found, name)
+        function.argtypes, function.restype = arguments, None
+    return found
+
+
+def _runs_here() -> bool:
+    """Whether the processor has what the code is made of, and PyTorch's threads are the code's."""
+    if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
+        return False
+    return _has("_is_avx512_supported") and "OpenMP" in torch.__config__.parallel_info()
+
+
+def _has(feature: str) -> bool:
+    return bool(getattr(torch.cpu, feature, lambda: False)())
+
+
+def _target(compiler: str, flags: list[str]) -> Path:
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=True)
+    known = hashlib.sha256()
+    for part in (_SOURCE.read_bytes(), " ".join(flags).encode(), version.stdout.encode()):
+        known.update(part)
+    return cache_folder() / "kernels" / known.hexdigest()[:16]
+
+
+def _compile(compiler: str, flags: list[str], folder: Path) -> None:
+    _log.info("compiling %s, once", _SOURCE.name)
+    command = [compiler, *flags, str(_SOURCE), "-o", str(folder / "block.so")]
+    subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True)

@@ -1,0 +1,191 @@
+"""Compiled layers give what the model gives, take trees and ragged rows, and step aside where they cannot serve."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tiny_models import TINY, tiny_llama
+from tokenloom.decode.session import ROOT, open_session
+from tokenloom.rollout.lean import lean_modules
+from tokenloom.rollout.native import block, build
+from tokenloom.rollout.native.block import CompiledLayer, linear
+
+FORMATS = [torch.float32, torch.bfloat16]
+pytestmark = pytest.mark.skipif(build.library() is None, reason="no compiled layers on this machine")
+SIZES = {
+    "hidden": 64,
+    "intermediate_size": 112,  # no multiple of 32
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "num_hidden_layers": 3,
+    "max_position_embeddings": 512,
+}
+NAMES = ("llama", "qwen2", "qwen3", "mistral")
+
+
+def model_of(name: str, **more: Any) -> Any:
+    sizes = SIZES | more
+    if name == "qwen2":  # its heads always share the width between them
+        sizes = {k: v for k, v in sizes.items() if k != "head_dim"} | {
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+        }
+    model = TINY[name](vocab=97, **sizes)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # norms and biases that are not all ones and zeros
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    return model
+
+
+def casts(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16) if dtype == torch.bfloat16 else nullcontext()
+
+
+def served(dtype: torch.dtype) -> None:
+    if not build.serves(dtype):
+        pytest.skip(f"this processor has no products in {dtype}")
+
+
+def compiled_in(model: nn.Module) -> int:
+    return sum(isinstance(m.__dict__.get("forward"), CompiledLayer) for m in model.modules())
+
+
+class Truth:
+    """A model in float64, copied while it is itself, and whether scores are near enough to its own."""
+
+    def __init__(self, model: Any, dtype: torch.dtype = torch.float32) -> None:
+        self._model = copy.deepcopy(model).double()
+        # Three layers of float32 sums of up to 112 terms; of roundings to 8 bits, some dozen to a layer.
+        self._tolerance = 2e-5 if dtype == torch.float32 else 0.06
+
+    def near(self, found: Tensor, ids: list[int]) -> bool:
+        """Whether `found` are the scores after the last of `ids`."""
+        with torch.no_grad():
+            expected = self._model(torch.tensor([ids])).logits[0, -1]
+        return bool((found.double() - expected).abs().max() <= self._tolerance * expected.abs().max())
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_session_on_compiled_layers(name: str, dtype: torch.dtype) -> None:
+    """Ragged prompts, single steps, a tree of nodes, its longest path, and more tokens than fit into a chunk."""
+    served(dtype)
+    model = model_of(name)
+    truth = Truth(model, dtype)
+    prompts = [[5, 7, 9], [11, 3, 2, 8, 30, 31, 4], [6]]
+    with casts(dtype), open_session(model, prompts) as session:
+        assert compiled_in(model) == 3
+        for scores, row in zip(session.start(), prompts, strict=True):
+            assert truth.near(scores, row)
+        for token in (12, 40):
+            scores = session.step(torch.tensor([token, token + 1, token + 2]))
+            for found, ids in zip(scores, session.rows, strict=True):
+                assert truth.near(found, ids)
+        nodes = torch.tensor([[1, 2, 3, 4]]).repeat(3, 1)
+        tried = session.try_nodes(nodes, torch.tensor([[ROOT, 0, 0, 2]]).repeat(3, 1))
+        for row, found in zip(session.rows, tried, strict=True):
+            for place, path in enumerate(([1], [1, 2], [1, 3], [1, 3, 4])):
+                assert truth.near(found[place], row + path)
+        session.accept([[0, 2, 3], [0], []])
+        long = torch.randint(0, 97, (3, 70), generator=torch.Generator().manual_seed(0)).tolist()
+        for found, ids in zip(session.extend(long), session.rows, strict=True):
+            assert truth.near(found, ids)
+    assert compiled_in(model) == 0
+
+
+def test_more_than_a_chunk_of_tokens_at_once() -> None:
+    """The rows of a product are taken in parts once they exceed 256 KB: 1,024 tokens of width 64."""
+    model = model_of("llama", max_position_embeddings=2048)
+    ids = torch.randint(0, 97, (1, 1500), generator=torch.Generator().manual_seed(0))[0].tolist()
+    truth = Truth(model)
+    with open_session(model, [ids]) as session:
+        assert truth.near(session.start()[0], ids)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("outputs", [1, 31, 97, 128])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 12, 13, 40])
+def test_a_product(rows: int, outputs: int, dtype: torch.dtype) -> None:
+    served(dtype)
+    torch.manual_seed(rows * outputs)
+    layer, x = nn.Linear(48, outputs, bias=False), torch.randn(2, rows, 48)
+    found = linear(layer, dtype)(x)
+    expected = x.to(dtype).double() @ layer.weight.to(dtype).double().T
+    assert found.shape == (2, rows, outputs)
+    assert found.dtype == torch.float32
+    assert torch.allclose(found.double(), expected, atol=1e-5)
+
+
+def test_layers_that_someone_listens_to_are_left_as_they_are() -> None:
+    model = model_of("llama")
+    truth, heard = Truth(model), list[int]()
+    with open_session(model, [[5, 7]]) as session:
+        session.start()
+        hook = model.model.layers[1].mlp.register_forward_hook(lambda *_: heard.append(1))
+        scores = session.step(torch.tensor([9]))  # it came after the layers were replaced
+        hook.remove()
+    assert heard == [1]
+    assert truth.near(scores[0], [5, 7, 9])
+    hook = model.model.layers[0].self_attn.register_forward_hook(lambda *_: None)
+    with lean_modules(model) as lean:
+        assert compiled_in(model) == 2
+        assert not lean.compiled
+    hook.remove()
+
+
+def test_a_layer_of_another_function_or_size_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.llama import modeling_llama
+
+    odd = [model_of("llama", head_dim=24), model_of("llama", hidden_act="relu"), model_of("llama").double()]
+    for model in (*odd, tiny_llama()):
+        with lean_modules(model) as lean:
+            assert compiled_in(model) == 0
+            assert not lean.compiled
+    original = modeling_llama.LlamaDecoderLayer.forward
+    monkeypatch.setattr(
+        modeling_llama.LlamaDecoderLayer, "forward", lambda self, *a, **k: 1.01 * original(self, *a, **k)
+    )
+    model = model_of("llama")
+    with lean_modules(model):
+        assert compiled_in(model) == 0
+
+
+def test_what_is_not_a_number_stays_so() -> None:
+    model = model_of("llama")
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = float("nan")
+    with open_session(model, [[5, 7], [5, 6]]) as session:
+        scores = session.start()
+    assert scores[0].isnan().all()
+    assert scores[1].isfinite().all()
+
+
+def test_without_a_compiler_decoding_goes_on(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TOKENLOOM_CACHE", str(tmp_path))
+    load = build.library.__wrapped__
+    monkeypatch.setenv("CXX", "false")
+    assert load() is None
+    assert "did not compile" in caplog.text
+    monkeypatch.delenv("CXX")
+    monkeypatch.setattr(build.shutil, "which", lambda _: None)
+    assert load() is None
+    monkeypatch.undo()
+    monkeypatch.setenv("TOKENLOOM_NATIVE", "0")
+    assert load() is None
+    monkeypatch.setattr(block, "serves", lambda _: False)
+    model = model_of("llama")
+    truth = Truth(model)
+    with open_session(model, [[5, 7]]) as session:
+        assert compiled_in(model) == 0
+        assert truth.near(session.start()[0], [5, 7])
