@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tasks.processes import awaited, lives
 from tokenloom.tasks import Item, RewardConfig, TaskConfig, Verifier
 
 HOSTILE = """
@@ -305,22 +306,3 @@ def test_workers_die_with_their_parent(hostile: Path, tmp_path: Path, function: 
     finally:
         parent.kill()
         parent.wait()
-
-
-def lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    # An orphan that ended stays as a zombie where nobody collects it, as in some containers.
-    status = Path(f"/proc/{pid}/stat")
-    return not (status.exists() and status.read_text().rpartition(")")[2].split()[0] == "Z")
-
-
-def awaited(condition: object, seconds: float = 60.0) -> str:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if value := condition():  # type: ignore[operator]  # any callable without arguments
-            return str(value)
-        time.sleep(0.05)
-    raise AssertionError("waited in vain")

@@ -8,16 +8,17 @@ pipes (nothing that a verifier returns is unpickled), and end with their parent.
 from __future__ import annotations
 
 import os
-import queue
 import sys
 import threading
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
 
 from tokenloom.tasks.outcome import Outcome
 from tokenloom.tasks.process import Job, WorkerProcess
+from tokenloom.tasks.stream import JobStream
 
 _START_ATTEMPTS = 3
 _LOST_IN_A_ROW = 16
@@ -29,10 +30,10 @@ class WorkerPool:
     Args:
         verifiers: (name or import path, parameters) of each verifier.
         workers: processes at most; they are started when there is work for them.
-        timeout: seconds for one job, after which its worker is killed.
+        timeout: seconds for one job, from when a worker takes it; then the worker is killed.
 
-    Sixteen workers lost in a row in one call without a single outcome between them end that call:
-    its remaining jobs become errors that say so. The next call tries again.
+    Sixteen workers that a verifier loses in a row in one stream, without a single outcome between them, end that
+    verifier's part of it: its remaining jobs become errors that say so. The next stream tries again.
     """
 
     def __init__(self, verifiers: Sequence[tuple[str, Mapping[str, Any]]], *, workers: int, timeout: float) -> None:
@@ -44,8 +45,9 @@ class WorkerPool:
         self._timeout = timeout
         self._slots: list[WorkerProcess | None] = [None] * workers
         self._lock = threading.Lock()
-        self._stopping = False
-        self._lost = 0
+        self._streaming = self._stopping = False
+        self._lost: Counter[int] = Counter()  # by verifier
+        self._refusal: str | None = None
 
     def __enter__(self) -> Self:
         self.start()
@@ -64,78 +66,89 @@ class WorkerPool:
         """
         self._stopping = False
         if self._slots[0] is None:
-            self._slots[0] = WorkerProcess(self._setup)
+            worker = self._slots[0] = WorkerProcess(self._setup)
+            try:
+                worker.wait_until_ready()
+            except BaseException:
+                self.close()
+                raise
+
+    @contextmanager
+    def stream(self) -> Iterator[JobStream]:
+        """Takes jobs while the block runs; a job that hangs or kills its worker costs only itself.
+
+        Leaving the block before all outcomes were asked for, above all through an exception, ends the workers at
+        once; otherwise they stay for the next stream.
+
+        Raises:
+            RuntimeError: when another stream is open, whose workers these are.
+        """
+        if self._streaming:
+            raise RuntimeError("the workers are scoring another batch; let it end first, or make a second verifier")
+        self._lost.clear()
+        self._refusal, self._stopping, self._streaming = None, False, True
+        jobs = JobStream(self._score, len(self._slots))
+        try:
+            yield jobs
+        finally:
+            try:
+                if not jobs.complete:
+                    self.close()  # first, so that the threads blocked on workers return at once
+                jobs.end()
+            finally:
+                self._streaming = False
 
     def run(self, jobs: Sequence[Job]) -> list[Outcome]:
-        """The outcome of each job, in order; a job that hangs or kills its worker costs only itself."""
-        outcomes: list[Outcome] = [Outcome(problem="error", message="was not scored")] * len(jobs)
-        waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for index in range(len(jobs)):
-            waiting.put(index)
-        self._lost, self._stopping = 0, False
-        threads = min(len(self._slots), len(jobs))
-        if not threads:
-            return outcomes
-        with ThreadPoolExecutor(threads, thread_name_prefix="tokenloom-verify") as executor:
-            try:
-                futures = [executor.submit(self._drain, slot, jobs, waiting, outcomes) for slot in range(threads)]
-                for future in futures:
-                    future.result()
-            except BaseException:
-                self.close()  # ends the workers, so that the threads blocked on them return at once
-                raise
-        return outcomes
+        """The outcome of each job, in order."""
+        with self.stream() as stream:
+            for job in jobs:
+                stream.submit(job)
+            return stream.outcomes()
 
     def close(self) -> None:
-        """Ends all workers; safe to call twice, and while `run` is interrupted."""
+        """Ends all workers, also one that is just starting; safe to call twice, and from any thread."""
         self._stopping = True
         for slot, worker in enumerate(self._slots):
             if worker is not None:
                 worker.kill()
                 self._slots[slot] = None
 
-    def _drain(self, slot: int, jobs: Sequence[Job], waiting: queue.SimpleQueue[int], outcomes: list[Outcome]) -> None:
-        while not self._stopping:
-            try:
-                index = waiting.get_nowait()
-            except queue.Empty:
-                return
-            if self._lost >= _LOST_IN_A_ROW:
-                message = f"was not scored: {_LOST_IN_A_ROW} workers in a row were lost before it"
-                outcomes[index] = Outcome(problem="error", message=message)
-                continue
-            outcomes[index] = self._score(slot, index, jobs[index])
-
-    def _score(self, slot: int, index: int, job: Job) -> Outcome:
+    def _score(self, slot: int, number: int, job: Job) -> Outcome:
+        refusal = self._refusal
+        if self._stopping:
+            refusal = "was not scored: the workers were ended before it"
+        elif refusal is None and self._lost[job.verifier] >= _LOST_IN_A_ROW:
+            refusal = f"was not scored: {_LOST_IN_A_ROW} workers in a row were lost before it"
+        if refusal is not None:
+            return Outcome(problem="error", message=refusal)
         try:
             worker = self._worker(slot)
         except (ValueError, OSError) as error:
-            with self._lock:
-                self._lost = _LOST_IN_A_ROW
-            return Outcome(problem="error", message=f"was not scored: no worker could be started: {error}")
-        outcome = worker.score(index, job, self._timeout)
-        if worker.alive:
-            with self._lock:
-                self._lost = 0
-        else:
-            self._slots[slot] = None
-            with self._lock:
-                self._lost += 1
+            self._refusal = f"was not scored: no worker could be started: {error}"
+            return Outcome(problem="error", message=self._refusal)
+        outcome = worker.score(number, job, self._timeout)
+        with self._lock:
+            if worker.alive:
+                self._lost[job.verifier], self._refusal = 0, None
+            else:
+                self._lost[job.verifier] += 1
+                self._slots[slot] = None
         return outcome
 
     def _worker(self, slot: int) -> WorkerProcess:
         worker = self._slots[slot]
         if worker is not None and worker.alive:
             return worker
-        for attempt in range(_START_ATTEMPTS):
+        failed = 0
+        while True:
             try:
-                worker = WorkerProcess(self._setup)
-                break
+                # Known to `close` before it is ready, and killed here where `close` came first.
+                worker = self._slots[slot] = WorkerProcess(self._setup)
+                if self._stopping:
+                    worker.kill()
+                worker.wait_until_ready()
+                return worker
             except (ValueError, OSError):
-                if attempt == _START_ATTEMPTS - 1 or self._stopping:
+                failed += 1
+                if failed == _START_ATTEMPTS or self._stopping:
                     raise
-        assert worker is not None
-        self._slots[slot] = worker
-        if self._stopping:
-            worker.kill()
-        return worker

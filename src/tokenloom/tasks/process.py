@@ -34,11 +34,10 @@ class Job:
 class WorkerProcess:
     """One process; `alive` turns False for ever once it was killed or found dead.
 
+    Made by one thread and ready after `wait_until_ready`; `kill` may come from any other, at any time.
+
     Args:
         setup: what the worker needs to start: its verifiers, `sys.path`, and the timeout.
-
-    Raises:
-        ValueError: when the process does not become ready, with what it said.
     """
 
     def __init__(self, setup: Mapping[str, Any]) -> None:
@@ -47,23 +46,36 @@ class WorkerProcess:
         inherited = filter(None, [environment.get("PYTHONPATH")])
         environment["PYTHONPATH"] = os.pathsep.join([package_root, *inherited])
         self.alive = True
+        self._setup = dict(setup)
         # What it says before it is ready explains why it could not start.
-        with tempfile.TemporaryFile() as said:
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115  # closed by `wait_until_ready`
+        try:
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "tokenloom.tasks.worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=said,
+                stderr=self._said,
                 env=environment,
                 start_new_session=os.name == "posix",
             )
-            self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-            self._incoming: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-            assert self._process.stdin is not None
-            assert self._process.stdout is not None
-            pipes = (self._process.stdin, self._process.stdout)
-            threading.Thread(target=_pump, args=(*pipes, self._outgoing, self._incoming), daemon=True).start()
-            reply, timed_out = self._exchange(dict(setup), STARTUP_SECONDS)
+        except BaseException:
+            self._said.close()
+            raise
+        self._outgoing: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._incoming: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        pipes = (self._process.stdin, self._process.stdout)
+        threading.Thread(target=_pump, args=(*pipes, self._outgoing, self._incoming), daemon=True).start()
+
+    def wait_until_ready(self) -> None:
+        """Returns when the verifiers are loaded there; to be called once.
+
+        Raises:
+            ValueError: when the process does not become ready, with what it said.
+        """
+        with self._said as said:
+            reply, timed_out = self._exchange(self._setup, STARTUP_SECONDS)
             if reply is not None and reply.get("ready") is True:
                 return
             self.kill()
@@ -71,7 +83,7 @@ class WorkerProcess:
             last = said.read().decode("utf-8", "replace").strip()[-2000:]
         if reply is not None:
             raise ValueError(str(reply.get("failed", "a worker process answered nonsense while it started")))
-        names = ", ".join(repr(verifier["name"]) for verifier in setup["verifiers"])
+        names = ", ".join(repr(verifier["name"]) for verifier in self._setup["verifiers"])
         how = f"took over {STARTUP_SECONDS:.0f} s" if timed_out else f"ended with {self._ending()}"
         said_last = f"; it said:\n{last}" if last else ""
         raise ValueError(f"a worker process for the verifiers {names} {how} while it started{said_last}")
@@ -112,6 +124,8 @@ class WorkerProcess:
             self._process.kill()
         self._process.wait()
         self._outgoing.put(None)
+        # Whoever waits for a reply stops now, even where a grandchild holds the pipe open.
+        self._incoming.put(b"")
 
     def _exchange(self, message: Mapping[str, Any], timeout: float) -> tuple[dict[str, Any] | None, bool]:
         """The reply if there was one, and whether time ran out; without a reply the process is killed."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -14,6 +15,7 @@ from tokenloom.tasks.item import Item
 from tokenloom.tasks.outcome import Outcome, call
 from tokenloom.tasks.pool import WorkerPool
 from tokenloom.tasks.process import Job
+from tokenloom.tasks.stream import JobStream
 from tokenloom.tasks.verifiers import IN_PROCESS, load
 
 _log = logging.getLogger(__name__)
@@ -47,14 +49,14 @@ class Verifier:
     Built-in verifiers that cannot hang run in this process, all others in a pool of workers.
     """
 
+    _pool: WorkerPool | None = None  # so too of a subclass that does nothing but `score` in its own way
+
     def __init__(self, config: TaskConfig) -> None:
         self._rewards = config.all_rewards
         self._names = _component_names(self._rewards)
-        pooled = [reward for reward in self._rewards if reward.verifier not in IN_PROCESS]
-        self._pool_index = {id(reward): index for index, reward in enumerate(pooled)}
-        self._pool: WorkerPool | None = None
-        if pooled:
-            verifiers = [(reward.verifier, reward.params) for reward in pooled]
+        self._pooled = [i for i, reward in enumerate(self._rewards) if reward.verifier not in IN_PROCESS]
+        if self._pooled:
+            verifiers = [(self._rewards[i].verifier, self._rewards[i].params) for i in self._pooled]
             self._pool = WorkerPool(verifiers, workers=config.workers, timeout=config.timeout)
 
     def __enter__(self) -> Self:
@@ -87,7 +89,28 @@ class Verifier:
         """
         if len(items) != len(responses):
             raise ValueError(f"{len(items)} items and {len(responses)} responses; give one item per response")
-        outcomes = self._outcomes(items, responses)
+        jobs = [job for pair in zip(items, responses, strict=True) for job in self._jobs(*pair)]
+        return self._scores(items, responses, [] if self._pool is None else self._pool.run(jobs))
+
+    @contextmanager
+    def stream(self, items: Sequence[Item]) -> Iterator[ScoreStream]:
+        """Scores responses to `items` while others are still being written; see `ScoreStream`.
+
+        Leaving the block through an exception ends the workers at once, whatever they are at.
+
+        Raises:
+            RuntimeError: when another stream of this verifier is open.
+        """
+        with nullcontext() if self._pool is None else self._pool.stream() as jobs:
+            yield ScoreStream(self, items, jobs)
+
+    def _jobs(self, item: Item, response: str) -> list[Job]:
+        """What the workers have to do for a response, reward by reward."""
+        return [Job(number, response, item) for number in range(len(self._pooled))]
+
+    def _scores(self, items: Sequence[Item], responses: Sequence[str], pooled: Sequence[Outcome]) -> Scores:
+        """The scores, given what became of the `_jobs` of the responses, one after the other."""
+        outcomes = self._outcomes(items, responses, pooled)
         problems = Counter(
             (name, outcome.problem, outcome.message)
             for name, column in zip(self._names, outcomes, strict=True)
@@ -112,24 +135,73 @@ class Verifier:
             messages=_reported(problems),
         )
 
-    def _outcomes(self, items: Sequence[Item], responses: Sequence[str]) -> list[list[Outcome]]:
-        """[reward][response]; the jobs of all pooled rewards go to the workers together."""
-        pairs = list(zip(items, responses, strict=True))
-        jobs = [
-            Job(self._pool_index[id(reward)], response, item)
-            for reward in self._rewards
-            if id(reward) in self._pool_index
-            for item, response in pairs
-        ]
-        from_pool = iter(self._pool.run(jobs) if self._pool is not None else [])
+    def _outcomes(
+        self, items: Sequence[Item], responses: Sequence[str], pooled: Sequence[Outcome]
+    ) -> list[list[Outcome]]:
+        """[reward][response]; what has no process of its own is called here and now."""
         outcomes: list[list[Outcome]] = []
-        for reward in self._rewards:
-            if id(reward) in self._pool_index:
-                outcomes.append([next(from_pool) for _ in pairs])
+        for i, reward in enumerate(self._rewards):
+            if i in self._pooled:
+                outcomes.append(list(pooled[self._pooled.index(i) :: len(self._pooled)]))
             else:
                 function = load(reward.verifier)
+                pairs = zip(items, responses, strict=True)
                 outcomes.append([call(function, response, item, reward.params) for item, response in pairs])
         return outcomes
+
+
+class ScoreStream:
+    """Responses as they come, in any order; made by `Verifier.stream`.
+
+    Workers begin with a response when it is added. Verifiers without a process are called by `scores`, so that they
+    take no time from whoever adds. The scores are those of `Verifier.score`.
+    """
+
+    def __init__(self, verifier: Verifier, items: Sequence[Item], jobs: JobStream | None) -> None:
+        self._verifier, self._items, self._jobs = verifier, items, jobs
+        self._responses: dict[int, str] = {}
+
+    def add(self, row: int, response: str) -> None:
+        """Takes the response to `items[row]`, without waiting for anything.
+
+        Raises:
+            ValueError: when there is no such row, or it has a response.
+        """
+        if not 0 <= row < len(self._items):
+            raise ValueError(f"row {row} is none of the {len(self._items)} items, which count from 0")
+        if row in self._responses:
+            raise ValueError(f"row {row} has a response already; each item takes one")
+        self._responses[row] = response
+        if self._jobs is not None:
+            for job in self._verifier._jobs(self._items[row], response):
+                self._jobs.submit(job)
+
+    @property
+    def responses(self) -> list[str]:
+        """The responses in the order of the items.
+
+        Raises:
+            ValueError: when some are missing.
+        """
+        missing = len(self._items) - len(self._responses)
+        if missing:
+            raise ValueError(f"{missing} of {len(self._items)} items have no response yet; add one for each")
+        return [self._responses[row] for row in range(len(self._items))]
+
+    def scores(self) -> Scores:
+        """The scores of all responses, in the order of the items; waits for the workers.
+
+        Raises:
+            ValueError: when responses are missing.
+        """
+        responses = self.responses
+        if self._jobs is None:
+            return self._verifier.score(self._items, responses)
+        outcomes = self._jobs.outcomes()
+        each = len(outcomes) // max(len(responses), 1)
+        of_row = {row: outcomes[i * each : (i + 1) * each] for i, row in enumerate(self._responses)}
+        pooled = [outcome for row in range(len(responses)) for outcome in of_row[row]]
+        return self._verifier._scores(self._items, responses, pooled)
 
 
 def _component_names(rewards: Sequence[RewardConfig]) -> list[str]:

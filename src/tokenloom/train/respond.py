@@ -11,8 +11,10 @@ from torch import Tensor
 from tokenloom.batch import Rollouts, Sampling
 from tokenloom.policy import Policy
 from tokenloom.rollout import generate
+from tokenloom.rollout.decode import ShapeLogits
 from tokenloom.rollout.multiturn import run_episodes
-from tokenloom.tasks import Item, Verifier
+from tokenloom.rollout.record import Response
+from tokenloom.tasks import Item, Scores, Verifier
 from tokenloom.tasks.task import EnvironmentFactory
 
 Report = Callable[[int, int, int], None]
@@ -74,19 +76,17 @@ class Responder:
                 shape_logits=shape_logits,
             )
             rewards = rollouts.rewards if rollouts.rewards is not None else torch.zeros(len(rollouts))
-            return Responses(rollouts, self._decode(rollouts), [bool(r >= RIGHT) for r in rewards], 0, [])
-        rollouts = generate(
-            self.policy,
+            texts = self._texts([rollouts.response(i).tolist() for i in range(len(rollouts))])
+            return Responses(rollouts, texts, [bool(r >= RIGHT) for r in rewards], 0, [])
+        rollouts, texts, scores = self._scored(
             [self.policy.encode_prompt(i.messages or i.prompt or "") for i in items],
+            items,
             sampling,
-            copies=copies,
+            counts=[copies] * len(items),
             generator=generator,
-            progress=report,
-            max_rows=self.max_rows,
+            report=report,
             shape_logits=shape_logits,
         )
-        texts = self._decode(rollouts)
-        scores = self.verifier.score([items[int(g)] for g in rollouts.group_ids], texts)
         rollouts = rollouts.replace(
             rewards=torch.tensor(scores.rewards, dtype=torch.float32),
             reward_components={k: torch.tensor(v, dtype=torch.float32) for k, v in scores.components.items()},
@@ -126,17 +126,48 @@ class Responder:
             raise ValueError(
                 "responses of a multi-turn task cannot be continued from the middle; use another algorithm"
             )
-        rollouts = generate(
-            self.policy, prefixes, sampling, copies=counts, generator=generator, progress=report, max_rows=self.max_rows
+        begun = [prefix[length:] for prefix, length in zip(prefixes, prompt_lengths, strict=True)]
+        rollouts, _, scores = self._scored(
+            prefixes, items, sampling, counts=counts, generator=generator, report=report, begun=begun
         )
-        groups = [int(g) for g in rollouts.group_ids]
-        begun = [prefixes[g][prompt_lengths[g] :] for g in groups]
-        whole = [torch.cat([b, rollouts.response(i)]).tolist() for i, b in enumerate(begun)]
-        texts = self.policy.tokenizer.batch_decode(whole, skip_special_tokens=True)
-        scores = self.verifier.score([items[g] for g in groups], texts)
         return rollouts.replace(rewards=torch.tensor(scores.rewards, dtype=torch.float32))
 
-    def _decode(self, rollouts: Rollouts) -> list[str]:
-        rows = [rollouts.response(i).tolist() for i in range(len(rollouts))]
+    def _scored(
+        self,
+        prompts: Sequence[Tensor],
+        items: Sequence[Item],
+        sampling: Sampling,
+        *,
+        counts: Sequence[int],
+        generator: torch.Generator,
+        report: Report | None,
+        shape_logits: ShapeLogits | None = None,
+        begun: Sequence[Tensor] | None = None,
+    ) -> tuple[Rollouts, list[str], Scores]:
+        """Responses to `prompts`, their texts and scores; `begun` is what each prompt has of the response already.
+
+        Verifiers get a response as soon as it has ended, while others still decode.
+        """
+        groups = [group for group, count in enumerate(counts) for _ in range(count)]
+        with self.verifier.stream([items[g] for g in groups]) as stream:
+
+            def finished(row: int, response: Response) -> None:
+                head = [] if begun is None else begun[groups[row]].tolist()
+                stream.add(row, self._texts([head + response.tokens.tolist()])[0])
+
+            rollouts = generate(
+                self.policy,
+                prompts,
+                sampling,
+                copies=counts,
+                generator=generator,
+                progress=report,
+                max_rows=self.max_rows,
+                shape_logits=shape_logits,
+                on_finished=finished,
+            )
+            return rollouts, stream.responses, stream.scores()
+
+    def _texts(self, rows: list[list[int]]) -> list[str]:
         texts: list[str] = self.policy.tokenizer.batch_decode(rows, skip_special_tokens=True)
         return texts
