@@ -30,6 +30,8 @@ PACKAGES = (
     "liger-kernel",
     "cut-cross-entropy",
     "peft",
+    "llguidance",
+    "genlm-control",
 )
 
 

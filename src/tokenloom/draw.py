@@ -1,7 +1,8 @@
 """Every random choice of a decoding method goes through one seam: `draw.categorical(p)` and `draw.bernoulli(a)`.
 
 `RandomDraw` chooses by a generator. `law_of` runs a program under a draw that visits every branch, so that the exact
-law of its outcome can be compared with the law it claims.
+law of its outcome can be compared with the law it claims. The few methods that need noise on a continuous scale ask
+`draw.gamma(shapes)`, which has no branches to visit: what they make of given noise is a pure rule of its own.
 """
 
 from __future__ import annotations
@@ -30,6 +31,16 @@ class Draw(Protocol):
         """True with probability `a`, clamped to [0, 1]."""
         ...
 
+    def gamma(self, shapes: Tensor) -> Tensor:
+        """Independent variates of gamma laws with these shapes > 0 and scale 1, float64 on the CPU.
+
+        At shape 1 they are exponential; minus the log of those is Gumbel noise.
+
+        Raises:
+            ValueError: for a shape that is not above 0, or where every branch is to be visited (`law_of`).
+        """
+        ...
+
 
 class RandomDraw:
     """Chooses by `generator` (on the CPU), or by PyTorch's global state; float64 throughout."""
@@ -49,6 +60,13 @@ class RandomDraw:
     def bernoulli(self, a: float) -> bool:
         """See `Draw`."""
         return bool(torch.rand((), generator=self.generator, dtype=torch.float64) < a)
+
+    def gamma(self, shapes: Tensor) -> Tensor:
+        """See `Draw`."""
+        wide = shapes.detach().to("cpu", torch.float64)
+        if not bool((wide > 0).all()):
+            raise ValueError(f"gamma laws have shapes above 0; got {shapes}")
+        return torch._standard_gamma(wide, generator=self.generator)
 
 
 def law_of(program: Callable[[Draw], Outcome], *, most: int = 1_000_000) -> dict[Outcome, float]:
@@ -93,6 +111,9 @@ class _ScriptedDraw:
     def bernoulli(self, a: float) -> bool:
         a = min(max(float(a), 0.0), 1.0)
         return self._choose([1.0 - a, a]) == 1
+
+    def gamma(self, shapes: Tensor) -> Tensor:
+        raise ValueError("noise on a continuous scale has no branches to visit; give its rule noise by hand instead")
 
     def _choose(self, law: list[float]) -> int:
         step = len(self._taken)

@@ -40,8 +40,8 @@ def test_version_and_help() -> None:
     assert call("--version").output == f"tokenloom {tokenloom.__version__}\n"
     assert call("--help").exit_code == 0
     for name in (
-        "train", "eval", "compare", "report", "generate", "compare-samplers", "distill", "fit-head", "methods",
-        "recipes", "doctor",
+        "train", "eval", "compare", "report", "generate", "compare-samplers", "distill", "fit-head", "unslop",
+        "methods", "recipes", "doctor",
     ):  # fmt: skip
         text = call(name, "--help").output
         assert "Examples:" in text

@@ -51,3 +51,18 @@ def test_what_is_no_law_is_refused(p: list[float]) -> None:
         RandomDraw().categorical(torch.tensor(p))
     with pytest.raises(ValueError, match="entries >= 0"):
         law_of(lambda draw: draw.categorical(torch.tensor(p)))
+
+
+def test_gamma_variates_follow_their_laws_and_have_no_branches() -> None:
+    shapes = torch.tensor([0.05, 0.6, 1.0, 7.5])
+    found = RandomDraw(torch.Generator().manual_seed(0)).gamma(shapes[:, None].expand(4, 20_000))
+    assert found.dtype == torch.float64
+    assert torch.equal(found, RandomDraw(torch.Generator().manual_seed(0)).gamma(shapes[:, None].expand(4, 20_000)))
+    # Through their distribution function they are uniform: Kolmogorov's distance at p = 1e-5 is 2.47 / sqrt(n).
+    uniform = torch.special.gammainc(shapes[:, None].double().expand_as(found), found).sort(-1).values
+    steps = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    assert float((uniform - steps).abs().max()) < 2.47 / 20_000**0.5
+    with pytest.raises(ValueError, match="above 0"):
+        RandomDraw().gamma(torch.tensor([1.0, 0.0]))
+    with pytest.raises(ValueError, match="no branches"):
+        law_of(lambda draw: float(draw.gamma(torch.ones(1))))

@@ -69,7 +69,8 @@ def _law(loop: Awrs, model: TableLM, limit: int = 3) -> tuple[float, dict[tuple[
 
 @pytest.mark.parametrize("mode", ["auto", "recursive", "mask"])
 @pytest.mark.parametrize(
-    ("particles", "ess", "resampling"), [(1, 0.5, "systematic"), (2, 1.0, "systematic"), (2, 1.0, "multinomial")]
+    ("particles", "ess", "resampling"),
+    [(1, 0.5, "systematic"), (2, 1.0, "systematic"), (2, 1.0, "stratified"), (2, 1.0, "multinomial")],
 )
 def test_weights_are_proper_whatever_the_resampling(mode: Any, particles: int, ess: float, resampling: Any) -> None:
     loop = Awrs(OneOf(VALID), particles=particles, ess=ess, resampling=resampling, mode=mode)

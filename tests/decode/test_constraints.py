@@ -156,6 +156,37 @@ def test_helpers_and_errors() -> None:
     assert made.accept([], token_bytes(tokenizer).index(b"b"))
 
 
+def test_half_a_character_goes_where_a_whole_one_may() -> None:
+    tokenizer = byte_level()
+    pieces = token_bytes(tokenizer)
+    probed: list[str] = []
+
+    def viable(text: str) -> bool:
+        probed.append(text)
+        return text in ("1", "1\u20ac", "1\u20ac\U0001f600")
+
+    constraint = PredicateConstraint(tokenizer, lambda text: True, viable)
+    e2, b82, ac, c3, f0 = (pieces.index(bytes([b])) for b in (0xE2, 0x82, 0xAC, 0xC3, 0xF0))
+    one = pieces.index(b"1")
+    allowed_after = {
+        (): {one},
+        (one,): {e2, *([pieces.index(b"\xe2\x82")] if b"\xe2\x82" in pieces else [])},
+        (one, e2): {b82, *([pieces.index(b"\x82\xac")] if b"\x82\xac" in pieces else [])},
+        (one, e2, b82): {ac},
+        (one, e2, b82, ac): {f0},
+    }
+    euro = pieces.index("\u20ac".encode()) if "\u20ac".encode() in pieces else None
+    for prefix, expected in allowed_after.items():
+        found = {t for t in range(len(pieces)) if t not in constraint.eos and constraint.accept(prefix, t)}
+        assert found - {euro} == expected, prefix
+    assert c3 not in allowed_after[(one,)]
+    # What was found out once is not asked again.
+    count = len(probed)
+    assert not constraint.accept([one], f0)
+    assert not constraint.accept([one], c3)
+    assert len(probed) == count
+
+
 class Digits:
     """A potential over bytes: at most two digits, of which the first is not 0."""
 

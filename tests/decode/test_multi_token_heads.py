@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from tests.tiny_models import TINY, tiny_llama
+from tests.tiny_models import TINY, tiny_gpt2, tiny_llama
 from tokenloom import decode
 from tokenloom.decode.multi_token_heads import MultiTokenHeads, fit
 
@@ -15,7 +16,7 @@ IDS = torch.tensor([[2, 2, 5, 9, 4], [7, 7, 7, 9, 9]])
 MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "cohere"])
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "cohere", "gpt2"])
 def test_greedy_is_generates_greedy(name: str) -> None:
     model = TINY[name]()
     given = {"attention_mask": MASK, "do_sample": False, "max_new_tokens": 12}
@@ -31,8 +32,8 @@ def test_untrained_heads_say_what_the_model_says() -> None:
     assert torch.equal(MultiTokenHeads(16, 2)(hidden), hidden.expand(2, 5, 16))
 
 
-def test_trained_heads_draft() -> None:
-    model = tiny_llama(hidden=32)
+@pytest.mark.parametrize("model", [tiny_llama(hidden=32), tiny_gpt2(n_embd=32)], ids=["llama", "gpt2"])
+def test_trained_heads_draft(model: Any) -> None:
     count = torch.arange(60).remainder(12).add(20).tolist()
     # A model that counts, so that its hidden states know where it is.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -14,6 +14,7 @@ from tokenloom.decode.r2r import Labels, Question, Router, fit, judge_by_model, 
 from tokenloom.decode.run import Run
 from tokenloom.decode.table import TableLM
 from tokenloom.draw import law_of
+from tokenloom.methods.decoding.r2r_windows import uncertainty as aleatoric
 
 IDS = torch.tensor([[2, 2, 5, 9, 4], [2, 8, 3, 11, 6], [7, 7, 7, 9, 9]])
 MASK = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -222,3 +223,56 @@ def test_training_stops_without_progress_and_refuses_one_sided_labels() -> None:
 
     with pytest.raises(ValueError, match="models part"):
         fit(router_for(model), replace(separable(), labels=torch.zeros(400)))
+
+
+def test_windows_at_their_limits_are_one_model_alone() -> None:
+    small, large = tiny_llama(seed=1), tiny_qwen3(seed=2)
+    for uncertainty, alone, usage in ((-1.0, large, 1.0), (9.0, small, 0.0)):
+        loop = decode.loop("r2r", large=large, window=2, uncertainty=uncertainty)
+        ours = small.generate(IDS, custom_generate=loop, **GREEDY)
+        assert torch.equal(ours, alone.generate(IDS, **GREEDY))
+        assert loop.last_run.counts["usage"] == usage
+    with pytest.raises(ValueError, match="place of a router"):
+        decode.loop("r2r", large=large, router=router_for(small), window=3)
+    with pytest.raises(ValueError, match="-1"):
+        decode.loop("r2r", large=large, window=-1)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
+@pytest.mark.parametrize("carry", [True, False])
+def test_rolling_windows_follow_each_row_through_the_batch(name: str, carry: bool) -> None:
+    small, large = TINY[name](seed=3), tiny_qwen3(seed=4)
+
+    def uncertain(ids: list[int]) -> tuple[float, float, int]:
+        scores = small(input_ids=torch.tensor([ids])).logits[0, -1]
+        entropy = float(torch.special.entr(scores.softmax(-1)).sum())
+        return float(aleatoric(scores[None])[0][0]), entropy, int(scores.argmax())
+
+    with torch.no_grad():
+        starts = [uncertain(IDS[row][MASK[row].bool()].tolist()) for row in range(3)]
+    threshold = sorted(a for a, _, _ in starts)[1] + 1e-3
+    certain = sorted(h for _, h, _ in starts)[0] * 0.5
+    loop = decode.loop("r2r", large=large, window=2, uncertainty=threshold, certain=certain, carry=carry)
+    given = GREEDY | {"eos_token_id": [1, 40], "max_new_tokens": 16}
+    ours = small.generate(IDS, custom_generate=loop, **given)[:, 5:].tolist()
+    asked = written = 0
+    with torch.no_grad():
+        for row in range(3):
+            ids, asks, window = IDS[row][MASK[row].bool()].tolist(), True, list[float]()
+            for token in ours[row]:
+                a, h, own = uncertain(ids)
+                if asks:
+                    window = [*window, a][-2:]
+                    asks = sum(window) / len(window) >= threshold
+                elif asks := a >= threshold and h >= certain:
+                    window = [a] if carry else []
+                window = window if asks else []
+                wanted = int(large(input_ids=torch.tensor([ids])).logits[0, -1].argmax()) if asks else own
+                assert token == wanted
+                asked += asks
+                written += 1
+                ids.append(token)
+                if token in (1, 40):
+                    break
+    assert 0 < asked < written
+    assert loop.last_run.counts["usage"] == pytest.approx(asked / written)

@@ -10,7 +10,8 @@ import torch
 from tests.tiny_models import TINY, tiny_llama
 from tokenloom import decode
 from tokenloom.decode.table import TableLM
-from tokenloom.methods.decoding.soft_thinking import concept
+from tokenloom.draw import RandomDraw
+from tokenloom.methods.decoding.soft_thinking import concept, dirichlet_noise, gumbel_noise
 
 IDS = torch.tensor([[2, 2, 5, 9, 4], [2, 8, 3, 11, 6], [7, 7, 7, 9, 9]])
 MASK = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 1], [1, 1, 1, 1, 1]])
@@ -117,3 +118,58 @@ def test_models_without_embeddings_are_refused() -> None:
     run = Run(TableLM.random(3), torch.tensor([[0]]), [[0]], limit=2, eos=frozenset(), pad=0, sample=False)
     with pytest.raises(ValueError, match="embeddings"):
         decode.loop("soft-thinking", end=2).rows(run)
+
+
+class Noise(RandomDraw):
+    """Keeps the noise that was drawn."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(torch.Generator().manual_seed(seed))
+        self.drawn: list[torch.Tensor] = []
+
+    def gamma(self, shapes: torch.Tensor) -> torch.Tensor:
+        self.drawn.append(super().gamma(shapes))
+        return self.drawn[-1]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("settings", [{"gumbel": 0.5}, {"dirichlet": 1.0}, {"dirichlet": 1.0, "gumbel": 0.5}])
+def test_noisy_mixtures_equal_the_recurrence_by_hand(name: str, settings: dict[str, float]) -> None:
+    model = TINY[name](seed=7, eos_token_id=None)
+    loop = decode.loop("soft-thinking", end=64, **settings)  # an id that no row can say
+    loop.draw = draw = Noise(3)
+    ours = model.generate(IDS, attention_mask=MASK, custom_generate=loop, **GREEDY)[:, 5:]
+    noise = iter(draw.drawn)
+    table = model.get_input_embeddings().weight
+    inputs = [model.get_input_embeddings()(torch.tensor([IDS[r][MASK[r].bool()].tolist()])) for r in range(3)]
+    with torch.no_grad():
+        for step in range(12):
+            drawn = [next(noise) for _ in range(2 * ("dirichlet" in settings) + ("gumbel" in settings))]
+            for row in range(3):
+                given = [d[row : row + 1] for d in drawn]
+                scores = model(inputs_embeds=inputs[row]).logits[:, -1].double()
+                weights, ids = concept((scores / 0.6).softmax(-1))
+                if "dirichlet" in settings:
+                    weights, ids = dirichlet_noise(weights, ids, given.pop(0), given.pop(0), alpha=1.0)
+                if "gumbel" in settings:
+                    weights, ids = gumbel_noise(weights, ids, given.pop(0), temperature=0.5)
+                assert int(ids[0, 0]) == int(ours[row, step])
+                new = (weights[0] @ table[ids[0]].double()).float()
+                inputs[row] = torch.cat((inputs[row], new.view(1, 1, -1)), 1)
+    assert next(noise, None) is None
+
+
+def test_noise_follows_the_generator_and_leaves_greedy_mixtures_alone() -> None:
+    model = tiny_llama(seed=7)
+    rows = []
+    for seed in (3, 3, 4):
+        loop = decode.loop("soft-thinking", end=63, gumbel=0.5, dirichlet=1.0)
+        loop.draw = RandomDraw(torch.Generator().manual_seed(seed))
+        rows.append(model.generate(IDS, attention_mask=MASK, custom_generate=loop, **GREEDY).tolist())
+    assert rows[0] == rows[1] != rows[2]
+    theirs = model.generate(IDS, attention_mask=MASK, **GREEDY)
+    for settings in ({"max_topk": 1}, {"temperature": 0.0}):
+        loop = decode.loop("soft-thinking", end=63, gumbel=0.5, dirichlet=1.0, **settings)
+        assert torch.equal(model.generate(IDS, attention_mask=MASK, custom_generate=loop, **GREEDY), theirs)
+    with pytest.raises(ValueError, match="0 for no noise"):
+        decode.loop("soft-thinking", end=63, gumbel=-0.5)

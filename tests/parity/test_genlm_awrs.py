@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tokenloom.draw import law_of
 from tokenloom.methods.decoding import awrs
-from tokenloom.methods.decoding.awrs_resampling import systematic
+from tokenloom.methods.decoding.smc import systematic
 
 pytest.importorskip("genlm.control", reason="python -m pip install genlm-control, in an environment of its own")
 P = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05], dtype=torch.float64)

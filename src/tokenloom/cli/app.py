@@ -21,6 +21,7 @@ from tokenloom.cli.report import report
 from tokenloom.cli.runs import compare
 from tokenloom.cli.tokens import tokens
 from tokenloom.cli.train import train
+from tokenloom.cli.unslop import unslop
 
 HELP = """Token-level methods for language models: train, measure, look.
 
@@ -53,6 +54,7 @@ for function, name in (
     (detect_watermark, "detect-watermark"),
     (distill, "distill"),
     (fit_head, "fit-head"),
+    (unslop, "unslop"),
     (methods, "methods"),
     (recipes, "recipes"),
     (lab, "lab"),

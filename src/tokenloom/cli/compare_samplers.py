@@ -9,7 +9,7 @@ import typer
 from rich.text import Text
 
 from tokenloom.cli.console import console, interactive, quiet_libraries, table, visible
-from tokenloom.cli.decoding import check_names, decoding_of
+from tokenloom.cli.decoding import CONSTRAINT_HELP, check_names, decoding_of, read_constraint
 from tokenloom.cli.guard import UsageError, guarded
 from tokenloom.cli.models import model_source
 from tokenloom.cli.prompts import chat, read_prompts
@@ -23,6 +23,7 @@ def compare_samplers(
     ],
     prompt: Annotated[str | None, typer.Option("--prompt", help="One prompt.")] = None,
     prompts: Annotated[Path | None, typer.Option("--prompts", help="Prompts from a .jsonl or .txt file.")] = None,
+    constraint: Annotated[str | None, typer.Option("--constraint", metavar="KIND=VALUE", help=CONSTRAINT_HELP)] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 64,
     n: Annotated[int, typer.Option("--n", "-n", min=1, help="Responses to each prompt under each method.")] = 4,
     temperature: Annotated[float, typer.Option(min=0, help="Before every method; 0: most probable token.")] = 1.0,
@@ -36,6 +37,7 @@ def compare_samplers(
 
     Examples:
       tokenloom compare-samplers smollm2-135m-instruct plain top-p:p=0.9 top-h min-p --prompt "Tell me a story."
+      tokenloom compare-samplers my/model plain awrs --constraint 'regex=[0-9]{4}' --prompt "Name a year."
       tokenloom compare-samplers my/model plain cntp best-of-n --prompts questions.txt --out samplers.html
     """
     from tokenloom.batch import Sampling
@@ -50,23 +52,25 @@ def compare_samplers(
         raise UsageError("a method is named twice")
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"there is no folder {out.parent} to write {out.name} into")
+    required = read_constraint(constraint)
     for text in methods:
-        check_names(text)
+        check_names(text, constrained=required is not None)
     screen, notes = console(), console(stderr=True)
     quiet_libraries(notes)
     policy = Policy.load(model_source(model))
     ids = [policy.encode_prompt(p if raw else chat(p)).tolist() for p in given]
     columns = []
     for text in methods:
-        decoding = decoding_of(policy, text, None, Sampling(temperature, max_tokens=max_tokens))
+        decoding = decoding_of(policy, text, None, Sampling(temperature, max_tokens=max_tokens), required)
         with stage_progress(notes, text, show=interactive(notes)) as report:
             columns.append(Column(text, respond(policy, ids, decoding, copies=n, seed=seed, progress=report)))
-    shown = table("method", "distinct 2-grams", "repeated 4-grams", "log-prob a token", "tokens", "tok/s")
+    judged = ("fulfilled",) if required is not None else ()
+    shown = table("method", "distinct 2-grams", "repeated 4-grams", "log-prob a token", "tokens", "tok/s", *judged)
     for column in columns:
         m = measured(column)
         shown.add_row(
             Text(visible(column.name)), f"{m.distinct:.2f}", f"{m.repeated:.2f}", f"{m.logprob:.2f}", f"{m.length:.0f}",
-            f"{m.speed:,.0f}",
+            f"{m.speed:,.0f}", *([f"{m.fulfilled:.0%}"] if required is not None else ()),
         )  # fmt: skip
     screen.print(shown)
     screen.print(

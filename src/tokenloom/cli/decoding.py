@@ -12,16 +12,25 @@ from tokenloom.cli.models import model_source
 
 if TYPE_CHECKING:
     from tokenloom.batch import Sampling
-    from tokenloom.decode.respond import Decoding
+    from tokenloom.decode.constraints import Written
+    from tokenloom.decode.registry import Decoder
+    from tokenloom.decode.respond import Decoding, Responses
 
 log = logging.getLogger(__name__)
 
+CONSTRAINT_HELP = (
+    "What responses must be: json-schema=@FILE, regex=PATTERN, choice=yes|no, lark=@FILE or predicate=FILE.py:NAME. "
+    "Holds by masks, which distort the law; --sampler awrs and smc correct for that."
+)
 
-def decoding_of(policy: Any, methods: str, draft: str | None, sampling: Sampling) -> Decoding:
+
+def decoding_of(
+    policy: Any, methods: str, draft: str | None, sampling: Sampling, constraint: Written | None = None
+) -> Decoding:
     """The decoding that `methods` and `draft` name, between the temperature and the cuts of `sampling`.
 
     Raises:
-        UsageError: for two loops at once.
+        UsageError: for two loops at once, or a constraint that the tokenizer cannot write.
         ValueError: for unknown names or parameters.
     """
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -30,6 +39,11 @@ def decoding_of(policy: Any, methods: str, draft: str | None, sampling: Sampling
     from tokenloom.decode.respond import Decoding
 
     objects = {"model": policy.model, "tokenizer": policy.tokenizer}
+    if constraint is not None:
+        try:
+            objects["constraint"] = constraint.made(policy.tokenizer)
+        except ValueError as error:
+            raise UsageError(f"--constraint {error}") from None
     load = partial(load_object, policy)
     shapers: list[Any] = []
     loops: list[tuple[str, Any]] = []
@@ -51,24 +65,66 @@ def decoding_of(policy: Any, methods: str, draft: str | None, sampling: Sampling
     if sampling.top_p < 1:
         shapers.append(TopPLogitsWarper(sampling.top_p))
     given = {"loop": loops[0][1]} if loops else {}
-    return Decoding(shapers, sample=sampling.temperature > 0, max_tokens=sampling.max_tokens, **given)
+    return Decoding(
+        shapers, sample=sampling.temperature > 0, max_tokens=sampling.max_tokens,
+        constraint=objects.get("constraint"), **given,
+    )  # fmt: skip
 
 
-def check_names(methods: str, draft: str | None = None) -> None:
+def check_names(methods: str, draft: str | None = None, *, constrained: bool = False) -> None:
     """Look up the methods and their parameters, before anything is loaded.
 
     Raises:
-        UsageError: for what is unknown or has the wrong type.
+        UsageError: for what is unknown, has the wrong type, or does not go with a constraint, or without.
     """
     from tokenloom.decode import specs
 
     try:
-        for spec in specs.parse(methods) if methods else []:
-            specs.parameters(spec, specs.find(spec))
-        for spec in specs.parse(draft) if draft else []:
-            specs.parameters(spec, specs.find(spec, ("loop",)))
+        named = [(spec, specs.find(spec)) for spec in (specs.parse(methods) if methods else [])]
+        named += [(spec, specs.find(spec, ("loop",))) for spec in (specs.parse(draft) if draft else [])]
+        for spec, found in named:
+            specs.parameters(spec, found)
+            _check_constraint(spec.slug, found, "constraint" in spec.given, constrained)
     except ValueError as error:
         raise UsageError(str(error)) from None
+
+
+def read_constraint(text: str | None) -> Written | None:
+    """What --constraint says, before anything is loaded.
+
+    Raises:
+        ImportError: without the library for it.
+        UsageError: for what cannot be read.
+    """
+    if text is None:
+        return None
+    from tokenloom.decode.constraints import read
+
+    try:
+        return read(text)
+    except ValueError as error:
+        raise UsageError(f"--constraint {error}") from None
+
+
+def constraint_note(found: Responses, max_tokens: int) -> str:
+    """How many responses do not fulfill the constraint, and why; empty when all do."""
+    stand = [a.standing for a in found.answers]
+    cut, failed = stand.count("unfinished"), stand.count("failed")
+    reasons = []
+    if cut:
+        reasons.append(f"{cut} cut at --max-tokens {max_tokens}")
+    if failed:
+        reasons.append(f"{failed} with weight 0, where no way led to an end (what is shown is the beginning)")
+    return f"of {len(stand)} responses, {' and '.join(reasons)}" if reasons else ""
+
+
+def _check_constraint(name: str, found: Decoder, own: bool, constrained: bool) -> None:
+    if found.inputs.get("constraint") and not own and not constrained:
+        raise UsageError(f"{name} needs to know what responses must be: add --constraint, such as 'regex=[0-9]+'")
+    if own and constrained:
+        raise UsageError(f"{name} is given a constraint twice; leave out --constraint or {name}:constraint=...")
+    if constrained and (reason := getattr(found.build, "unmasked", "")):
+        raise UsageError(f"{name} {reason}, which no constraint can follow; leave one of the two out")
 
 
 def load_object(policy: Any, name: str, text: str) -> Any:

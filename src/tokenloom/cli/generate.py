@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.text import Text
 
 from tokenloom.cli.console import console, interactive, quiet_libraries, visible
-from tokenloom.cli.decoding import check_names, decoding_of
+from tokenloom.cli.decoding import CONSTRAINT_HELP, check_names, constraint_note, decoding_of, read_constraint
 from tokenloom.cli.guard import UsageError, guarded
 from tokenloom.cli.models import model_source
 from tokenloom.cli.prompts import Prompt, chat, read_prompts
 
 if TYPE_CHECKING:
     from tokenloom.batch import Sampling
+    from tokenloom.decode.constraints import Written
 
 DEFAULT_TOKENS = 128
 Show = Callable[[str], None]
@@ -45,6 +46,7 @@ def generate(
     draft: Annotated[
         str | None, typer.Option("--draft", help="Draft several tokens a step by this method; the law stays the same.")
     ] = None,
+    constraint: Annotated[str | None, typer.Option("--constraint", metavar="KIND=VALUE", help=CONSTRAINT_HELP)] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response, in tokens; default 128.")] = None,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most probable token.")] = 1.0,
     top_p: Annotated[float, typer.Option(min=0.0001, max=1, help="Sample from the fewest tokens with so much.")] = 1.0,
@@ -61,13 +63,16 @@ def generate(
     """Let a model answer prompts.
 
     What the model writes is shown as text: control characters are made visible. A single response appears while it is
-    written. --temperature comes before the methods of --sampler, --top-k and --top-p behind it.
+    written. --temperature comes before the methods of --sampler, --top-k and --top-p behind it. Under --constraint the
+    lines of --out say whether a response is fulfilled, unfinished (cut by --max-tokens) or failed (its beginning).
 
     Examples:
       tokenloom generate smollm2-135m-instruct "What is 7 + 8?"
       tokenloom generate runs/quickstart-001 "7 + 8 =" --temperature 0
       tokenloom generate smollm2-135m-instruct "Tell a story." --sampler top-h:alpha=0.4
       tokenloom generate smollm2-135m-instruct "Count to fifty." --temperature 0 --draft token-recycling
+      tokenloom generate smollm2-135m-instruct "Name a year." --constraint 'regex=(19|20)[0-9]{2}'
+      tokenloom generate smollm2-135m-instruct "A pet:" --constraint json-schema=@pet.json --sampler awrs
       tokenloom generate my/model --prompts questions.jsonl -n 4 --seed 1 --out answers.jsonl
     """  # fmt: skip
     from tokenloom.batch import Sampling
@@ -80,12 +85,14 @@ def generate(
         raise UsageError("--raw continues plain text; it goes with neither --system nor chat messages")
     if out is not None and not out.parent.is_dir():
         raise UsageError(f"there is no folder {out.parent} to write {out.name} into")
-    if (sampler or draft) and stop:
-        raise UsageError("--stop goes with neither --sampler nor --draft")
+    if (sampler or draft or constraint) and stop:
+        raise UsageError("--stop goes with neither --sampler nor --draft nor --constraint")
     source = model_source(model)
     methods = "+".join(sampler or ())
-    if methods or draft:
-        check_names(methods, draft)
+    required = read_constraint(constraint)
+    decodes = bool(methods or draft or required)
+    if decodes:
+        check_names(methods, draft, constrained=required is not None)
     screen, notes = console(), console(stderr=True)
     quiet_libraries(notes)
     asked = _Asked(source, given, sampling, n, system, raw, shorten=max_tokens is None)
@@ -94,8 +101,8 @@ def generate(
     def show(piece: str) -> None:
         screen.print(Text(visible(piece)), end="", soft_wrap=True)
 
-    answer = _decoded(asked, methods, draft, notes, show if streams else None) if methods or draft else \
-        _sampled(asked, notes, show if streams else None)  # fmt: skip
+    told = show if streams else None
+    answer = _decoded(asked, methods, draft, required, notes, told) if decodes else _sampled(asked, notes, told)
     if out is not None:
         text = "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in answer.lines)
         out.write_text(text, encoding="utf-8", newline="\n")
@@ -107,6 +114,8 @@ def generate(
     tokens = sum(line["tokens"] for line in answer.lines)
     speed = f"{tokens:,} tokens in {answer.seconds:.1f} s, {tokens / max(answer.seconds, 1e-9):,.0f} tok/s"
     notes.print(", ".join([speed, *answer.notes, f"seed {answer.seed}"]), style="dim")
+    if answer.warning:
+        notes.print(answer.warning, style="yellow")
 
 
 @dataclass(frozen=True)
@@ -140,6 +149,7 @@ class _Answer:
     seconds: float
     seed: int | None
     notes: list[str]
+    warning: str = ""
 
 
 def _sampled(asked: _Asked, notes: Console, show: Show | None) -> _Answer:
@@ -171,7 +181,9 @@ def _sampled(asked: _Asked, notes: Console, show: Show | None) -> _Answer:
     return _Answer(lines, seconds, rollouts.sampling.seed if rollouts.sampling else None, [])
 
 
-def _decoded(asked: _Asked, methods: str, draft: str | None, notes: Console, show: Show | None) -> _Answer:
+def _decoded(
+    asked: _Asked, methods: str, draft: str | None, constraint: Written | None, notes: Console, show: Show | None
+) -> _Answer:
     """By the loops and processors of `decode`."""
     import torch
 
@@ -179,7 +191,7 @@ def _decoded(asked: _Asked, methods: str, draft: str | None, notes: Console, sho
     from tokenloom.decode.respond import respond, text_pieces
 
     policy, ids, sampling = asked.load()
-    decoding = decoding_of(policy, methods, draft, sampling)
+    decoding = decoding_of(policy, methods, draft, sampling, constraint)
     seed = int(torch.randint(2**31, ())) if sampling.seed is None else sampling.seed
     piece, shown = text_pieces(policy.tokenizer), False
 
@@ -198,7 +210,8 @@ def _decoded(asked: _Asked, methods: str, draft: str | None, notes: Console, sho
     for a in found.answers:
         text = policy.tokenizer.decode(a.ids, skip_special_tokens=True)
         line = {"prompt": asked.prompts[a.prompt], "response": text, "tokens": len(a.ids), "truncated": a.truncated}
-        lines.append({**line, "logprob": round(a.logprob * len(a.ids), 4)})
+        judged = {} if a.standing is None else {"constraint": a.standing}
+        lines.append({**line, "logprob": round(a.logprob * len(a.ids), 4), **judged})
     if show is not None and not shown:  # loops that decide late do not stream
         show(lines[0]["response"])
     counts = found.counts
@@ -207,7 +220,7 @@ def _decoded(asked: _Asked, methods: str, draft: str | None, notes: Console, sho
         extra.append(f"{counts['kept']:,.1f} words left to choose from")
     if counts.get("drafted"):
         extra.append(f"{found.tokens / max(counts.get('forwards', 1), 1):.2f} tokens a forward")
-    return _Answer(lines, found.seconds, seed, extra)
+    return _Answer(lines, found.seconds, seed, extra, constraint_note(found, sampling.max_tokens))
 
 
 def _show(given: list[Prompt], lines: list[dict[str, Any]], n: int, out: Console) -> None:

@@ -6,7 +6,8 @@ Every row goes back on its own. After each token the new end of the text is sear
 the token that holds its first character is excluded at its place and another drawn from the law that was kept there.
 When none is left, temperature, min-p, top-p and top-k are dropped in that order; when still none is left, or after
 `retries` at one place, this occurrence is allowed. `phrases` with scales in (0, 1) are made rarer by scale^strength
-instead. Matching is in `decode.bans`, the laws and the training loss in `methods.decoding.antislop`.
+instead. Matching is in `decode.bans`, the laws and the training loss in `methods.decoding.antislop`; `decode.ftpo`
+trains a model on the places where the sampler went back.
 """
 
 from __future__ import annotations
@@ -25,15 +26,19 @@ from tokenloom.decode.run import Loop, Run
 from tokenloom.methods.decoding.antislop import down_weighted, without_tried
 
 _CASCADE = (TemperatureLogitsWarper, MinPLogitsWarper, TopPLogitsWarper, TopKLogitsWarper)
+# Alternatives of a place are drawn from what the release keeps of a law: its top 20, with 3% of the best one's mass.
+_ALTERNATIVES, _LIKELY = 20, 0.03
 
 
 @dataclass(frozen=True)
 class Correction:
-    """A place where the sampler went back: a training example for `antislop/ftpo`."""
+    """A place where the sampler went back: training examples for `antislop/ftpo` (see `decode.ftpo.pairs_of`)."""
 
     prefix: list[int]
     rejected: list[int]
     chosen: int
+    alternatives: list[int] = field(default_factory=list)
+    """Other likely tokens, the likeliest first, that complete nothing banned there."""
 
 
 @decoder("antislop", kind="loop")
@@ -41,7 +46,7 @@ class Antislop(Loop):
     """No banned phrase, n-gram or pattern; `phrases` may map each to a scale, 0 for never.
 
     `history`: how many tokens back the laws are kept; what began earlier is allowed. `corrections` lists, after a call,
-    where it went back.
+    where it went back and found something else to say.
     """
 
     corrections: list[Correction]
@@ -110,35 +115,47 @@ class _Row:
         self._ends: list[int] = []  # characters of the text up to and with each token
         self._places: dict[int, _Place] = {}
         self._retries: dict[int, int] = {}
+        self._settled: list[Correction] = []  # of places that have left the history
         self._laws = [replace(run, processors=p) for p in _cascade(run.processors)]
 
     def advance(self, scores: Tensor) -> bool:
         """Add a token behind those that stand, going back as often as needed; whether the row has ended."""
         self._places[len(self.ids)] = _Place(len(self.ids), scores)
-        self._places.pop(len(self.ids) - self.method.history, None)
+        if (old := self._places.pop(len(self.ids) - self.method.history, None)) is not None:
+            self._settled += self._corrected(old)
         while True:
             at = len(self.ids)
             token = self._choose(self._places[at])
             before = self._ends[-1] if self._ends else 0
             self.ids.append(token)
-            text = self._text()
+            text = self._text(self.ids)
             self._ends.append(len(text))
             if not self._took_back(text, before):
                 return self.run.until_stop(self.number, self.ids[:-1], [token])[1]
 
     def corrections(self) -> list[Correction]:
         """The places that still stand where another token was rejected."""
-        prompt = self.run.prompts[self.number]
-        return [
-            Correction([*prompt, *self.ids[:at]], place.tried, self.ids[at])
-            for at, place in sorted(self._places.items())
-            if place.tried and not place.open and at < len(self.ids)
-        ]
+        standing = [place for at, place in sorted(self._places.items()) if at < len(self.ids)]
+        return [*self._settled, *(c for place in standing for c in self._corrected(place))]
 
-    def _text(self) -> str:
-        found: str = self.method.tokenizer.decode(
-            self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+    def _corrected(self, place: _Place) -> list[Correction]:
+        # Where something banned was allowed in the end, what stands is no better than what was rejected.
+        if not place.tried or place.open or place.allowed:
+            return []
+        before, chosen = self.ids[: place.at], self.ids[place.at]
+        prefix = [*self.run.prompts[self.number], *before]
+        return [Correction(prefix, place.tried, chosen, self._alternatives(place, before, chosen))]
+
+    def _alternatives(self, place: _Place, before: list[int], chosen: int) -> list[int]:
+        laws = (self._scores(place, run).softmax(-1) for run in self._laws)
+        law = next(law for law in laws if bool(law.isfinite().all()))
+        masses, ids = law.sort(descending=True, stable=True)
+        likely = ids[:_ALTERNATIVES][masses[:_ALTERNATIVES] >= _LIKELY * masses[0]].tolist()
+        end = len(self._text(before))
+        return [t for t in likely if t != chosen and not self.method.bans.found(self._text([*before, t]), end)]
+
+    def _text(self, ids: list[int]) -> str:
+        found: str = self.method.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         # A character may be spread over tokens: until it is whole it is not text.
         return found.rstrip("�")
 

@@ -56,6 +56,8 @@ class Ariel(Loop):
     Codes speak of the model's own law: processors would move every text, and are refused.
     """
 
+    unmasked = "finds points of a box by the model's own law"
+
     def __init__(self, codes: Any) -> None:
         self.codes = [fractions(c.center if isinstance(c, Code) else c) for c in codes]
         if not self.codes or any(not c for c in self.codes):

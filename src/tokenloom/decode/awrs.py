@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from tokenloom.decode.constraints.protocol import allowed, describe, ending_with
+from tokenloom.decode.particles import Posterior
 from tokenloom.decode.registry import decoder
 from tokenloom.decode.run import Loop, Run
 from tokenloom.methods.decoding.awrs import awrs_token
-from tokenloom.methods.decoding.awrs_resampling import effective_size, log_mean_exp, multinomial, systematic
 from tokenloom.methods.decoding.locally_constrained import masked_token
+from tokenloom.methods.decoding.smc import Scheme, resampled
 
 
 @dataclass
@@ -31,30 +32,6 @@ class Particle:
     log_twist: float = 0.0
     done: bool = False
     session_row: int = -1
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """What is known of a prompt's strings given the constraint: weighted strings and the constant."""
-
-    strings: list[list[int]]
-    log_weights: Tensor
-    """[N], unnormalized."""
-
-    @property
-    def log_normalizer(self) -> float:
-        """log of the estimated mass of valid strings (times the critic's mean over them); -inf when none was found."""
-        return log_mean_exp(self.log_weights)
-
-    def law(self) -> dict[tuple[int, ...], float]:
-        """The estimated law of strings; empty when none was found."""
-        if self.log_normalizer == -math.inf:
-            return {}
-        law: dict[tuple[int, ...], float] = {}
-        for string, weight in zip(self.strings, self.log_weights.softmax(0).tolist(), strict=True):
-            if weight > 0:
-                law[tuple(string)] = law.get(tuple(string), 0.0) + weight
-        return law
 
 
 @decoder("awrs", kind="loop")
@@ -76,7 +53,7 @@ class Awrs(Loop):
         *,
         particles: int = 8,
         ess: float = 0.5,
-        resampling: Literal["systematic", "multinomial"] = "systematic",
+        resampling: Scheme = "systematic",
         mode: Literal["auto", "recursive", "geometric", "improper", "mask"] = "auto",
         max_accepts: int = 2,
         max_rejects: int | None = None,
@@ -87,7 +64,7 @@ class Awrs(Loop):
         self.constraint, self.critic = constraint, critic
         self.particles, self.ess, self.at_limit = particles, ess, at_limit
         self.mode, self.max_accepts, self.max_rejects = mode, max_accepts, max_rejects
-        self.resample = systematic if resampling == "systematic" else multinomial
+        self.resampling: Scheme = resampling
         self.posteriors: list[Posterior] = []
         """Of each row of the last call."""
 
@@ -170,21 +147,20 @@ class Awrs(Loop):
         )
 
     def _resampled(self, run: Run, swarm: list[Particle]) -> list[Particle]:
-        weights = _weights(swarm)
-        size = effective_size(weights)
-        if size == 0 or size >= self.ess * len(swarm) or all(p.done for p in swarm):
+        if all(p.done for p in swarm):
+            return swarm
+        made = resampled(_weights(swarm), run.draw, ess=self.ess, resampling=self.resampling)
+        if made is None:
             return swarm
         run.counts["resamplings"] += 1
-        mean = log_mean_exp(weights)
-        parents = [swarm[i] for i in self.resample(weights, run.draw)]
-        return [Particle(p.tokens, mean, p.log_twist, p.done, p.session_row) for p in parents]
+        parents = [swarm[i] for i in made[0]]
+        return [
+            Particle(p.tokens, weight, p.log_twist, p.done, p.session_row)
+            for p, weight in zip(parents, made[1].tolist(), strict=True)
+        ]
 
     def _chosen(self, run: Run, row: int) -> list[int]:
-        found = self.posteriors[row]
-        if found.log_normalizer == -math.inf:
-            chosen = max(found.strings, key=len)
-        else:
-            chosen = found.strings[run.draw.categorical(found.log_weights.softmax(0))]
+        chosen = self.posteriors[row].drawn(run.draw)
         run.stream(row, chosen)
         return chosen
 

@@ -183,6 +183,8 @@ class ByteLevel(Loop):
     share of the best are dropped. tail: mass of tokens that are not checked for being canonical.
     """
 
+    unmasked = "draws bytes"
+
     def __init__(
         self,
         tokenizer: Any,

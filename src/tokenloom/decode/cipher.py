@@ -33,6 +33,8 @@ class Cipher(Loop):
 
     said: list[Tensor]
 
+    unmasked = "feeds the model mixtures of tokens"
+
     def __init__(self, *, temperature: float = 0.3) -> None:
         if temperature < 0:
             raise ValueError(f"cipher: temperature must be 0 or more, got {temperature}")

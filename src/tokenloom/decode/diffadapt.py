@@ -93,6 +93,8 @@ class DiffAdapt(Loop):
     are those that a chat template puts behind the question. `strategies`: three, for easy, normal and hard.
     """
 
+    unmasked = "changes the prompts"
+
     def __init__(self, probe: Any, tokenizer: Any, strategies: Any = STRATEGIES, *, tail: int = 0) -> None:
         """Raises ValueError unless there are three strategies with temperature > 0 and 0 < share <= 1."""
         if len(strategies) != 3 or any(s.temperature <= 0 or not 0 < s.share <= 1 for s in strategies):

@@ -87,6 +87,10 @@ class Detection:
     p_value: float
 
 
+# Unlike any number that people choose for a key, whose own draws would then be among the random ones.
+_REFERENCE_SEED = 0x5DEECE66D
+
+
 def detect(
     tokens: Sequence[int],
     key: WatermarkKey,
@@ -101,7 +105,8 @@ def detect(
 
     edit: allow for deleted and inserted tokens, at `gamma` each (EXP 0, ITS 0.4 by default). block: length of the
     aligned piece, the whole text by default; shorter finds a watermarked passage in other text. resamples: random keys
-    compared with; the p-value is at least 1 / (resamples + 1).
+    compared with; the p-value is at least 1 / (resamples + 1). generator: draws those keys; by default always the
+    same ones, so that a text has one p-value.
 
     Raises:
         ValueError: for an empty text, a token outside the vocabulary, or a block that is longer than the text.
@@ -115,6 +120,8 @@ def detect(
             return edit_statistic(costs, gamma=penalty, block=block)
         return block_statistic(costs, block=block)
 
+    if generator is None:
+        generator = torch.Generator().manual_seed(_REFERENCE_SEED)
     observed = float(statistic(key.costs(tokens))[0])
     chunk = max(1, _CHUNK // (len(tokens) * key.length))
     counts = [min(chunk, resamples - start) for start in range(0, resamples, chunk)]

@@ -22,8 +22,11 @@ def minimize(
     seed: int = 0,
     after: Callable[[], None] | None = None,
     progress: Progress | None = None,
+    enough: Callable[[], bool] | None = None,
 ) -> None:
     """AdamW over mini-batches of row numbers, gradients clipped to norm 1; `after` runs behind each step.
+
+    Training ends before its last step once `enough`, asked after each, says so.
 
     Raises:
         ValueError: without rows, or when the loss is not a number.
@@ -48,3 +51,5 @@ def minimize(
                 after()
             if progress is not None:
                 progress(done, steps, value.item())
+            if enough is not None and enough():
+                return

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
+from tokenloom.decode.constraints.masks import Masks, Standing, standing
 from tokenloom.decode.registry import loop as loop_named
 from tokenloom.decode.run import Loop
 from tokenloom.draw import RandomDraw
@@ -27,7 +28,10 @@ OnTokens = Callable[[list[int]], None]
 
 @dataclass
 class Decoding:
-    """What a decode is made of: processors in order, and a loop (default: one token per step)."""
+    """What a decode is made of: processors in order, and a loop (default: one token per step).
+
+    A `constraint` masks tokens before all processors, unless the loop was given one of its own, which then counts.
+    """
 
     shapers: Sequence[Any] = ()
     loop: Loop = field(default_factory=lambda: loop_named("plain"))
@@ -35,16 +39,27 @@ class Decoding:
     max_tokens: int = 128
     batch: int = 16
     """Most rows that decode together."""
+    constraint: Any = None
+
+    @property
+    def held(self) -> Any:
+        """The constraint that responses are judged by, if there is one."""
+        own = getattr(self.loop, "constraint", None)
+        return self.constraint if own is None else own
 
 
 @dataclass(frozen=True)
 class Answer:
-    """One response: its prompt's number, ids, mean log-prob of a token under the model alone (nats)."""
+    """One response: its prompt's number, ids, mean log-prob of a token under the model alone (nats).
+
+    Under a constraint the ids are those that it allows; a response whose `standing` is "failed" has weight 0.
+    """
 
     prompt: int
     ids: list[int]
     logprob: float
     truncated: bool
+    standing: Standing | None = None
 
 
 @dataclass
@@ -111,14 +126,18 @@ def respond(
             seconds += time.perf_counter() - started
             for key, value in (loop.last_run.counts if loop.last_run is not None else {}).items():
                 counts[key] = counts.get(key, 0.0) + value
+            ended = [bool(ids) and (ids[-1] in policy.eos_ids or len(ids) < decoding.max_tokens) for ids in new]
+            stand: list[Standing | None] = [None] * len(new)
+            if decoding.held is not None:
+                for i, ids in enumerate(new):
+                    stand[i], new[i] = standing(decoding.held, ids, policy.eos_ids, limit=decoding.max_tokens)
             logprobs = _logprobs(policy, [p for _, p in some], new)
-            for (prompt, _), ids, logprob in zip(some, new, logprobs, strict=True):
-                ended = bool(ids) and (ids[-1] in policy.eos_ids or len(ids) < decoding.max_tokens)
-                answers.append(Answer(prompt, ids, logprob, not ended))
+            for i, (prompt, _) in enumerate(some):
+                answers.append(Answer(prompt, new[i], logprobs[i], not ended[i], stand[i]))
             if progress is not None:
                 progress(len(answers), len(rows), sum(len(a.ids) for a in answers))
     loop.streamer = None
-    if kept.laws and decoding.shapers:
+    if kept.laws:
         counts["kept"] = kept.kept / kept.laws
     return Responses(answers, seconds, counts)
 
@@ -126,19 +145,23 @@ def respond(
 def _decode(policy: Any, prompts: Sequence[Sequence[int]], decoding: Decoding, kept: _Kept) -> list[list[int]]:
     ids, pads = left_padded([tuple(p) for p in prompts], policy.device)
     real = (torch.arange(ids.shape[1], device=policy.device) >= pads[:, None]).long()
+    processors = list(decoding.shapers)
+    if decoding.constraint is not None and getattr(decoding.loop, "constraint", None) is None:
+        processors.insert(0, Masks(decoding.constraint, ids.shape[1], policy.eos_ids))
     result = policy.model.generate(
         ids,
         attention_mask=real,
         do_sample=decoding.sample,
         # The model's own defaults would add temperatures and cuts that nobody asked for.
         temperature=1.0,
-        top_k=0,
+        # Without sampling transformers warns of any but its default.
+        top_k=0 if decoding.sample else 50,
         top_p=1.0,
         repetition_penalty=1.0,
         max_new_tokens=decoding.max_tokens,
         eos_token_id=sorted(policy.eos_ids) or None,
         pad_token_id=0 if policy.pad_id is None else policy.pad_id,
-        logits_processor=LogitsProcessorList([*decoding.shapers, *([kept] if decoding.shapers else [])]),
+        logits_processor=LogitsProcessorList([*processors, kept] if processors else []),
         custom_generate=decoding.loop,
     )
     new = result[:, ids.shape[1] :].tolist()

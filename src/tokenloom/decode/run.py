@@ -142,6 +142,8 @@ class Loop(ABC):
 
     batches: bool = True
     """Whether it takes several rows at once."""
+    unmasked: str = ""
+    """What it does that no mask of the tokens behind a prompt can follow, where it does."""
     draw: Draw | None = None
     streamer: Any = None
     last_run: Run | None = None

@@ -2,7 +2,7 @@
 tree search are presets of it, each a choice of five things.
 
     propose(live)         the first tokens of the candidates that follow each live hypothesis
-    boundary(candidate)   whether its segment ends here; until then tokens are drawn as `generate` would
+    boundary(candidate)   whether its segment ends here; until then tokens are drawn by `tokens`, as `generate` would
     score(candidates)     a number for each new candidate, all prompts at once
     select(candidates)    the hypotheses of one prompt that stay, best first
     width                 the most live hypotheses that a prompt may keep
@@ -74,6 +74,25 @@ Propose = Callable[[list[Hypothesis]], list[list[Choice]]]
 Boundary = Callable[[Hypothesis], bool]
 Score = Callable[[list[Hypothesis]], Sequence[float]]
 Select = Callable[[list[Hypothesis]], list[Hypothesis]]
+Tokens = Callable[[Run, Sequence[Hypothesis], Sequence[int]], list[list[Choice]]]
+"""So many tokens after each hypothesis, as `draws`."""
+
+
+def draws(run: Run, live: Sequence[Hypothesis], counts: Sequence[int]) -> list[list[Choice]]:
+    """`counts[i]` independent tokens after hypothesis i, by the law of `generate`; without sampling one, the best."""
+    stacked = _stacked(live)
+    shaped = run.shaped([h.row for h in live], [h.tokens for h in live], stacked)
+    logprobs, raw = shaped.log_softmax(-1), wide(stacked).log_softmax(-1)
+    laws = shaped.softmax(-1) if run.sample else None
+    best = shaped.argmax(-1).tolist()
+    drawn = [
+        [best[i]] if laws is None else [run.draw.categorical(laws[i]) for _ in range(count)]
+        for i, count in enumerate(counts)
+    ]
+    rows = [i for i, tokens in enumerate(drawn) for _ in tokens]
+    columns = [t for tokens in drawn for t in tokens]
+    choices = map(Choice, columns, logprobs[rows, columns].tolist(), raw[rows, columns].tolist())
+    return [[next(choices) for _ in tokens] for tokens in drawn]
 
 
 def segment_search(
@@ -84,6 +103,7 @@ def segment_search(
     score: Score,
     select: Select,
     width: int,
+    tokens: Tokens = draws,
     ahead: bool = False,
     hidden: bool = False,
 ) -> list[list[Hypothesis]]:
@@ -107,7 +127,8 @@ def segment_search(
                 [_extended(run, parent, choice, begins=True) for choice in choices]
                 for parent, choices in zip(live, propose(live), strict=True)
             ]
-            grown = _grow(run, frontier, [child for family in families for child in family], boundary, ahead)
+            slots = [child for family in families for child in family]
+            grown = _grow(run, frontier, slots, boundary, tokens, ahead)
             scored = iter([dataclasses.replace(h, score=float(s)) for h, s in zip(grown, score(grown), strict=True)])
             sizes = iter([len(family) for family in families])
             for row, pool in enumerate(pools):
@@ -133,23 +154,6 @@ def segment_search(
                 run.stream(0, agreed[shown:])
                 run.counts["streamed"] = float(len(agreed))
     return pools
-
-
-def draws(run: Run, live: Sequence[Hypothesis], counts: Sequence[int]) -> list[list[Choice]]:
-    """`counts[i]` independent tokens after hypothesis i, by the law of `generate`; without sampling one, the best."""
-    stacked = _stacked(live)
-    shaped = run.shaped([h.row for h in live], [h.tokens for h in live], stacked)
-    logprobs, raw = shaped.log_softmax(-1), wide(stacked).log_softmax(-1)
-    laws = shaped.softmax(-1) if run.sample else None
-    best = shaped.argmax(-1).tolist()
-    drawn = [
-        [best[i]] if laws is None else [run.draw.categorical(laws[i]) for _ in range(count)]
-        for i, count in enumerate(counts)
-    ]
-    rows = [i for i, tokens in enumerate(drawn) for _ in tokens]
-    columns = [t for tokens in drawn for t in tokens]
-    choices = map(Choice, columns, logprobs[rows, columns].tolist(), raw[rows, columns].tolist())
-    return [[next(choices) for _ in tokens] for tokens in drawn]
 
 
 def best_first(candidates: Sequence[Hypothesis]) -> list[Hypothesis]:
@@ -258,7 +262,9 @@ class _Frontier:
         return sources, shared
 
 
-def _grow(run: Run, frontier: _Frontier, slots: list[Hypothesis], boundary: Boundary, ahead: bool) -> list[Hypothesis]:
+def _grow(
+    run: Run, frontier: _Frontier, slots: list[Hypothesis], boundary: Boundary, tokens: Tokens, ahead: bool
+) -> list[Hypothesis]:
     """Candidates of one token or more, taken to their boundaries."""
     growing = list(range(len(slots)))
 
@@ -276,7 +282,7 @@ def _grow(run: Run, frontier: _Frontier, slots: list[Hypothesis], boundary: Boun
         if not ahead:
             read()
         open_slots = [slots[i] for i in growing]
-        for i, [choice] in zip(growing, draws(run, open_slots, [1] * len(growing)), strict=True):
+        for i, [choice] in zip(growing, tokens(run, open_slots, [1] * len(growing)), strict=True):
             slots[i] = _extended(run, slots[i], choice, begins=False)
     return slots
 

@@ -18,7 +18,15 @@ from torch import Tensor
 from tokenloom.decode.embedded import embed, embedding_session, law_at, without_warpers
 from tokenloom.decode.registry import decoder
 from tokenloom.decode.run import Loop, Run
-from tokenloom.methods.decoding.soft_thinking import cold_stop, concept, entropy, mixture
+from tokenloom.draw import Draw
+from tokenloom.methods.decoding.soft_thinking import (
+    cold_stop,
+    concept,
+    dirichlet_noise,
+    entropy,
+    gumbel_noise,
+    mixture,
+)
 
 
 @decoder("soft-thinking", kind="loop")
@@ -26,8 +34,11 @@ class SoftThinking(Loop):
     """Mixtures of embeddings as inputs until `end` (text, by its last token, or an id); `temperature` 0 is greedy.
 
     `threshold` and `length` are the cold stop's: in thinking it forces the end of thinking, in the answer it ends the
-    row.
+    row. Mixtures are drawn around the model's with `dirichlet` (alpha) above 0, then made sharper or flatter at random
+    with `gumbel` (temperature) above 0, whether the answer is sampled or not; the code uses 1.0 and 0.5.
     """
+
+    unmasked = "feeds the model mixtures of tokens"
 
     def __init__(
         self,
@@ -41,10 +52,19 @@ class SoftThinking(Loop):
         max_topk: int = 10,
         threshold: float = 0.01,
         length: int = 256,
+        dirichlet: float = 0.0,
+        gumbel: float = 0.0,
     ) -> None:
+        """Raises ValueError for cuts that keep nothing, noise below 0, or an end without a token."""
+        if dirichlet < 0 or gumbel < 0:
+            raise ValueError(
+                f"soft-thinking: dirichlet (alpha) and gumbel (temperature) are above 0, or 0 for no noise; got "
+                f"{dirichlet} and {gumbel}"
+            )
         self.end = _end_token(tokenizer, end)
         self.temperature = temperature
         self.cuts: dict[str, Any] = {"top_k": top_k, "top_p": top_p, "min_p": min_p, "max_topk": max_topk}
+        self.dirichlet, self.gumbel = dirichlet, gumbel
         self.stop: dict[str, Any] = {"threshold": threshold, "length": length}
         concept(torch.ones(1, 1), **self.cuts)  # refuses what cannot be, before any work
 
@@ -64,6 +84,8 @@ class SoftThinking(Loop):
                 law = law_at(plain.shaped(live, news, scores), self.temperature)
                 cold, stops = cold_stop(entropy(law), cold, **self.stop)
                 weights, ids = concept(law, **self.cuts)
+                if bool(thinking.any()):
+                    weights, ids = self._disturbed(run.draw, weights, ids)
                 tokens = torch.where(stops, self.end, ids[:, 0])
                 if not bool(thinking.all()):
                     tokens = torch.where(thinking, tokens, self._answers(run, live, news, scores, thinking))
@@ -82,6 +104,16 @@ class SoftThinking(Loop):
                     inputs, tokens, thinking, cold = (x[running] for x in (inputs, tokens, thinking, cold))
                 live = [live[i] for i in running]
                 scores = session.step_embeddings(inputs, tokens)
+
+    def _disturbed(self, draw: Draw, weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Mixtures [B, M] under noise, first Dirichlet's."""
+        ones = torch.ones_like(weights)
+        if self.dirichlet > 0:
+            gammas, exponentials = (draw.gamma(x).to(weights) for x in (self.dirichlet * weights + 1, ones))
+            weights, ids = dirichlet_noise(weights, ids, gammas, exponentials, alpha=self.dirichlet)
+        if self.gumbel > 0:
+            weights, ids = gumbel_noise(weights, ids, draw.gamma(ones).to(weights), temperature=self.gumbel)
+        return weights, ids
 
     def _answers(self, run: Run, live: list[int], news: list[list[int]], scores: Tensor, thinking: Tensor) -> Tensor:
         """Tokens [B] of the rows that answer, drawn as `generate` does; others are filled up."""

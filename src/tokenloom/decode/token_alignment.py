@@ -71,6 +71,8 @@ class TokenAlignment(Loop):
     token wrote beyond the prompt become tokens of their own. 1 is token healing; the paper takes up to 3.
     """
 
+    unmasked = "writes the prompt's end again"
+
     def __init__(self, tokenizer: Any, *, backtrack: int = 1) -> None:
         if backtrack < 0:
             raise ValueError(f"token-alignment: backtrack must be at least 0, got {backtrack}")

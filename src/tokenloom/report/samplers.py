@@ -22,13 +22,17 @@ class Column:
 
 @dataclass(frozen=True)
 class Measures:
-    """Means over responses: distinct 2-grams (by prompt), repeated 4-grams, log-prob of a token, tokens, tokens/s."""
+    """Means over responses: distinct 2-grams (by prompt), repeated 4-grams, log-prob of a token, tokens, tokens/s.
+
+    `fulfilled` is the share that fulfills the constraint, 1 without one.
+    """
 
     distinct: float
     repeated: float
     logprob: float
     length: float
     speed: float
+    fulfilled: float
 
 
 def measured(column: Column) -> Measures:
@@ -43,6 +47,7 @@ def measured(column: Column) -> Measures:
         logprob=fmean(a.logprob for a in answers),
         length=fmean(len(a.ids) for a in answers),
         speed=column.responses.tokens / max(column.responses.seconds, 1e-9),
+        fulfilled=fmean(a.standing in (None, "fulfilled") for a in answers),
     )
 
 
@@ -58,6 +63,7 @@ def write_samplers(
             for a in column.responses.answers:
                 if a.prompt == number:
                     note = f"{len(a.ids)} tokens, log-prob {a.logprob:.2f}{', cut off' if a.truncated else ''}"
+                    note += "" if a.standing is None else f", constraint {a.standing}"
                     parts.append(f"<p>{escape(decode(a.ids))}</p><small>{note}</small>")
             parts.append("</article>")
         parts.append("</div></section>")

@@ -86,6 +86,34 @@ def test_weights_carry_a_gradient_only_as_in_the_release() -> None:
     assert float(leaf.grad[0, 0]) > 0
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_gradient_is_that_of_the_formula(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    # Moves beyond the free zones, so that every tether pulls.
+    reference = torch.randn(3, 9, generator=generator, dtype=torch.float64)
+    moved = (reference + 5 * torch.randn(3, 9, generator=generator, dtype=torch.float64)).to(dtype).double()
+    rejected, chosen = torch.tensor([0, 4, 8]), torch.tensor([[1, 2], [5, 0], [7, 7]])
+    mask = torch.tensor([[True, True], [True, False], [True, False]])
+
+    def loss(logits: torch.Tensor, **settings: object) -> torch.Tensor:
+        return ftpo_loss(logits, reference, rejected, chosen, mask, **settings)  # type: ignore[arg-type]
+
+    leaf = moved.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: loss(x, detach_weights=False), leaf)
+    low = moved.to(dtype).requires_grad_()
+    ftpo_loss(low, reference.to(dtype), rejected, chosen, mask).backward()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    close(low.grad.double(), expected, 1e-12 if dtype == torch.float64 else 0.05)
+    # What is not a target is only pulled back to where it was, and nothing pulls it there without the tether.
+    targets = torch.zeros(3, 9, dtype=torch.bool)
+    targets[[0, 0, 0, 1, 1, 2, 2], [0, 1, 2, 4, 5, 8, 7]] = True
+    count = float((~targets).sum())
+    close(expected[~targets], 0.4 * 2 * (moved - reference)[~targets] / count)
+    (free,) = torch.autograd.grad(loss(leaf, rest=0.0), leaf)
+    assert bool((free[~targets] == 0).all())
+    close(ftpo_loss(moved[:, :], reference, rejected, chosen.flip(-1), mask.flip(-1)), loss(moved))
+
+
 def test_impossible_rows_are_refused() -> None:
     logits, rejected, chosen, mask = one(2.0, 1.0)
     for row in ((chosen, ~mask), (chosen * 0, mask)):

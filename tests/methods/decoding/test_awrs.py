@@ -11,7 +11,6 @@ from torch import Tensor
 
 from tokenloom.draw import RandomDraw, expectation, law_of
 from tokenloom.methods.decoding.awrs import awrs_token
-from tokenloom.methods.decoding.awrs_resampling import effective_size, log_mean_exp, multinomial, systematic
 
 P = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05], dtype=torch.float64)
 VALID = {1, 3, 4}
@@ -157,27 +156,3 @@ def test_limits_below_two_are_refused() -> None:
     awrs_token(P.log(), lambda _: True, RandomDraw(), mode="improper", max_rejects=1)
     with pytest.raises(ValueError, match="no mass"):
         awrs_token(torch.full((3,), -torch.inf), lambda _: True, RandomDraw())
-
-
-@pytest.mark.parametrize("resample", [multinomial, systematic])
-def test_children_are_proportional_to_weights(resample: Any) -> None:
-    weights = torch.tensor([0.5, 0.0, 0.3, 0.2], dtype=torch.float64)
-    law = law_of(lambda draw: tuple(resample(weights.log() + 5, draw)))
-    for i in range(4):
-        assert sum(m * children.count(i) for children, m in law.items()) == pytest.approx(
-            4 * float(weights[i]), abs=1e-9
-        )
-    if resample is systematic:
-        for children in law:
-            for i in range(4):
-                assert math.floor(4 * float(weights[i])) <= children.count(i) <= math.ceil(4 * float(weights[i]))
-    with pytest.raises(ValueError, match="weight 0"):
-        resample(torch.full((3,), -torch.inf), RandomDraw())
-
-
-def test_effective_size_and_mean() -> None:
-    weights = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64)
-    assert effective_size(weights.log() - 800) == pytest.approx(1 / (0.25 + 0.125))
-    assert effective_size(torch.full((3,), -torch.inf)) == 0.0
-    assert log_mean_exp(weights.log()) == pytest.approx(math.log(1 / 3))
-    assert log_mean_exp(torch.full((3,), -torch.inf)) == -math.inf

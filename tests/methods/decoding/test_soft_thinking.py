@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from methods.policy_optimization.batch import close
-from tokenloom.methods.decoding.soft_thinking import cold_stop, concept, entropy, mixture
+from tokenloom.draw import RandomDraw
+from tokenloom.methods.decoding.soft_thinking import (
+    cold_stop,
+    concept,
+    dirichlet_noise,
+    entropy,
+    gumbel_noise,
+    mixture,
+)
 
 P = torch.tensor([[0.05, 0.4, 0.25, 0.2, 0.1]], dtype=torch.float64)
 
@@ -80,3 +88,81 @@ def test_cuts_that_keep_nothing_are_refused() -> None:
     for settings in ({"top_k": 0}, {"max_topk": 0}, {"top_p": 0.0}, {"min_p": 1.5}):
         with pytest.raises(ValueError, match="soft-thinking"):
             concept(P, **settings)
+
+
+Q = torch.tensor([[0.5, 0.3, 0.2, 0.0]], dtype=torch.float64)
+IDS = torch.tensor([[7, 3, 9, 1]])
+N = 20_000
+
+
+def noise(shapes: torch.Tensor, seed: int) -> torch.Tensor:
+    return RandomDraw(torch.Generator().manual_seed(seed)).gamma(shapes)
+
+
+def test_gumbel_noise_worked_by_hand() -> None:
+    # exp((log q + g) / tau) = (q / e)^(1 / tau): (.25, .6, .1) squared at tau = 1/2.
+    exponentials = torch.tensor([[2.0, 0.5, 2.0, 1e-9]], dtype=torch.float64)
+    weights, ids = gumbel_noise(Q, IDS, exponentials)
+    total = 0.25**2 + 0.6**2 + 0.1**2
+    close(weights, [[0.36 / total, 0.0625 / total, 0.01 / total, 0.0]])
+    assert ids.tolist() == [[3, 7, 9, 1]]
+    close(gumbel_noise(Q, IDS, torch.ones_like(Q), temperature=1.0)[0], Q)
+
+
+def test_the_largest_under_gumbel_noise_is_a_draw_from_q() -> None:
+    many = Q.expand(N, 4)
+    for temperature in (0.5, 2.0):
+        weights, ids = gumbel_noise(many, IDS.expand(N, 4), noise(torch.ones(N, 4), 1), temperature=temperature)
+        close(weights.sum(-1), 1.0)
+        counts = torch.bincount(ids[:, 0], minlength=10)[[7, 3, 9]].double()
+        # A chi-square statistic of two degrees of freedom: above 18.4 with probability 1e-4.
+        assert float(((counts - N * Q[0, :3]) ** 2 / (N * Q[0, :3])).sum()) < 18.4
+        assert counts.sum() == N
+    sharp, _ = gumbel_noise(many, IDS.expand(N, 4), noise(torch.ones(N, 4), 1), temperature=1e-6)
+    assert float((sharp[:, 0] > 0.999).double().mean()) > 0.999
+
+
+@pytest.mark.parametrize("alpha", [0.01, 1.0, 30.0])
+def test_dirichlet_noise_has_the_moments_of_its_law(alpha: float) -> None:
+    gammas, exponentials = noise((alpha * Q + 1).expand(N, 4), 2), noise(torch.ones(N, 4), 3)
+    weights, ids = dirichlet_noise(Q.expand(N, 4), IDS.expand(N, 4), gammas, exponentials, alpha=alpha)
+    close(weights.sum(-1), 1.0)
+    assert bool((weights.diff(dim=-1) <= 0).all())
+    assert bool((ids[:, 3] == 1).logical_or(weights[:, 3] == 0).all())
+    by_id = torch.zeros(N, 10, dtype=torch.float64).scatter(1, ids, weights)[:, [7, 3, 9, 1]]
+    variance = Q[0] * (1 - Q[0]) / (alpha + 1)
+    # Five standard errors of a mean; a variance of values in [0, 1] has a standard error below sqrt(variance / N).
+    assert bool(((by_id.mean(0) - Q[0]).abs() <= 5 * (variance / N).sqrt()).all())
+    assert bool(((by_id.var(0) - variance).abs() <= 5 * (variance / N).sqrt()).all())
+    assert bool((by_id[:, 3] == 0).all())
+
+
+def test_dirichlet_noise_worked_by_hand_and_its_limit() -> None:
+    # Gamma variates g exp(-e / (alpha q)): 1, 4 exp(-2), 3 exp(-5 / 2) at alpha = 2.
+    gammas = torch.tensor([[1.0, 4.0, 3.0, 1.0]], dtype=torch.float64)
+    exponentials = torch.tensor([[0.0, 1.2, 1.0, 1.0]], dtype=torch.float64)
+    values = [1.0, 4 * math.exp(-2), 3 * math.exp(-2.5), 0.0]
+    weights, ids = dirichlet_noise(Q, IDS, gammas, exponentials, alpha=2.0)
+    close(weights, [[v / sum(values) for v in values]])
+    assert ids.tolist() == IDS.tolist()
+    gammas = noise(1e8 * Q + 1, 4)
+    close(dirichlet_noise(Q, IDS, gammas, noise(torch.ones(1, 4), 5), alpha=1e8)[0], Q, 1e-3)
+
+
+def test_a_certain_mixture_has_nothing_to_disturb() -> None:
+    weights, ids = concept(torch.eye(9)[[4, 8]])
+    ones = noise(torch.ones(2, 9), 6).float()
+    for found in (
+        gumbel_noise(weights, ids, ones),
+        dirichlet_noise(weights, ids, noise(weights + 1, 7).float(), ones, alpha=0.01),
+    ):
+        assert torch.equal(found[0], weights)
+        assert torch.equal(found[1], ids)
+
+
+def test_noise_that_is_none_is_refused() -> None:
+    ones = torch.ones_like(Q)
+    with pytest.raises(ValueError, match="temperature"):
+        gumbel_noise(Q, IDS, ones, temperature=0.0)
+    with pytest.raises(ValueError, match="alpha"):
+        dirichlet_noise(Q, IDS, ones, ones, alpha=0.0)

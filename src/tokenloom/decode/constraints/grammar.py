@@ -1,4 +1,4 @@
-"""JSON schemas, regular expressions and context-free grammars as constraints, through llguidance.
+"""JSON schemas, regular expressions, choices and context-free grammars as constraints, through llguidance.
 
 llguidance (the extra "constraints") walks the tokenizer's trie along a parser, so `mask` costs little more than
 `accept`. Its tokens come from our bytes of the tokenizer, not from its own reading of it.
@@ -6,7 +6,6 @@ llguidance (the extra "constraints") walks the tokenizer's trie along a parser, 
 
 from __future__ import annotations
 
-import json
 from collections import OrderedDict
 from collections.abc import Collection, Sequence
 from copy import copy
@@ -15,6 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenloom.decode.constraints.rules import (
+    Rules,
+    choice_rules,
+    grammar_rules,
+    llguidance,
+    pattern_rules,
+    schema_rules,
+)
 from tokenloom.decode.registry import decoder
 from tokenloom.decode.token_bytes import ByteVocabulary
 
@@ -24,26 +31,23 @@ _KEPT = 256
 class _Matched:
     """A grammar's matcher, with one state for each prefix seen lately."""
 
-    def __init__(self, tokenizer: Any, lark: str, name: str) -> None:
+    def __init__(self, tokenizer: Any, rules: Rules) -> None:
         if tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no end token; set tokenizer.eos_token")
-        lib = _llguidance()
-        self.name = name
+        lib = llguidance()
+        self.name = rules.name
         self.eos: frozenset[int] = frozenset([tokenizer.eos_token_id])
         vocabulary = ByteVocabulary(tokenizer)
         # An unused id keeps the vocabulary's last token from standing for the end.
         own_end = len(vocabulary)
         made = lib.LLTokenizer(lib.TokenizerWrapper(_Tokens(vocabulary, own_end)))
-        # Without this, text that the grammar leaves no choice about is allowed in one tokenization only.
-        grammar = lib.LLMatcher.grammar_from_lark(f'%llguidance {{"no_forcing": true}}\n{lark}')
-        error = lib.LLMatcher.validate_grammar(grammar, made)
-        if error and not error.startswith("WARNING"):
-            raise ValueError(f"{name} cannot be read: {error.strip()}")
         self._end = own_end
         self._pieces = vocabulary.pieces
         self._twins = _twins(vocabulary.pieces)
-        self._start = lib.LLMatcher(made, grammar, log_level=0)
+        self._start = lib.LLMatcher(made, rules.grammar, log_level=0)
         self._states: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        if not bool(self.mask([]).any()):
+            raise ValueError(f"{self.name} has no text that begins with a token of this tokenizer")
 
     def with_eos(self, eos: Collection[int]) -> Any:
         """The same for other end tokens."""
@@ -107,14 +111,9 @@ class JsonSchemaConstraint(_Matched):
 
         Raises:
             ImportError: without llguidance, naming the extra that brings it.
-            ValueError: for a schema that cannot be read.
+            ValueError: for a schema that cannot be read, or whose text no token begins.
         """
-        name = f"the JSON schema {_short(schema)}"
-        try:
-            read = json.loads(schema) if isinstance(schema, str) else schema
-        except ValueError as error:
-            raise ValueError(f"{name} cannot be read: {error}") from None
-        super().__init__(tokenizer, f"start: %json {json.dumps(read)}", name)
+        super().__init__(tokenizer, schema_rules(schema))
 
 
 @decoder("regex", kind="constraint")
@@ -122,15 +121,17 @@ class RegexConstraint(_Matched):
     """Text that a regular expression matches as a whole (Rust's syntax: no back-references, no look-around)."""
 
     def __init__(self, tokenizer: Any, *, pattern: str = ".*") -> None:
-        """Read the pattern.
+        """Read the pattern; raises as `JsonSchemaConstraint`."""
+        super().__init__(tokenizer, pattern_rules(pattern))
 
-        Raises:
-            ImportError: without llguidance, naming the extra that brings it.
-            ValueError: for a pattern that cannot be read or that no text matches.
-        """
-        written = json.loads(_llguidance().LLMatcher.grammar_from_regex(pattern))
-        lark = written["grammars"][0]["lark_grammar"]
-        super().__init__(tokenizer, lark, f"the pattern {_short(pattern)}")
+
+@decoder("choice", kind="constraint")
+class ChoiceConstraint(_Matched):
+    """One of several texts, `|` between them."""
+
+    def __init__(self, tokenizer: Any, *, options: str = "yes|no") -> None:
+        """Read the options; raises as `JsonSchemaConstraint`."""
+        super().__init__(tokenizer, choice_rules(options))
 
 
 @decoder("grammar", kind="constraint")
@@ -138,13 +139,8 @@ class GrammarConstraint(_Matched):
     """Text of a context-free grammar in Lark's notation, whose first rule is named `start`."""
 
     def __init__(self, tokenizer: Any, *, lark: str = "start: /(.|\\n)*/") -> None:
-        """Read the grammar.
-
-        Raises:
-            ImportError: without llguidance, naming the extra that brings it.
-            ValueError: for a grammar that cannot be read.
-        """
-        super().__init__(tokenizer, lark, f"the grammar {_short(lark)}")
+        """Read the grammar; raises as `JsonSchemaConstraint`."""
+        super().__init__(tokenizer, grammar_rules(lark))
 
 
 class _Tokens:
@@ -169,18 +165,3 @@ def _twins(pieces: Sequence[bytes | None]) -> list[list[int]]:
         if piece is not None:
             groups.setdefault(piece, []).append(i)
     return [group for group in groups.values() if len(group) > 1]
-
-
-def _llguidance() -> Any:
-    try:
-        import llguidance
-    except ImportError:
-        raise ImportError(
-            "JSON schemas, patterns and grammars need llguidance: python -m pip install 'tokenloom[constraints]'"
-        ) from None
-    return llguidance
-
-
-def _short(text: Any) -> str:
-    shown = str(text)
-    return shown if len(shown) <= 60 else shown[:57] + "..."

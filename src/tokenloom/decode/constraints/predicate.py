@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import codecs
+import sys
+import unicodedata
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from copy import copy
+from functools import cache
 from typing import Any
 
 from tokenloom.decode.token_bytes import ByteVocabulary
@@ -18,8 +22,8 @@ class PredicateConstraint:
     """Text for which `complete(text)` holds, built up from prefixes for which `viable(text)` holds.
 
     `viable` must hold for every beginning of a complete text; without it every prefix counts as viable, and the
-    constraint is checked at the end alone. Both see the text generated so far, without the beginnings of characters
-    whose bytes are still incomplete. Control tokens other than the end are never allowed.
+    constraint is checked at the end alone. Both see the text generated so far. The first bytes of a character are
+    viable where any assigned character that they begin would be. Control tokens other than the end are never allowed.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class PredicateConstraint:
         self._pieces = ByteVocabulary(tokenizer).pieces
         self._complete, self._viable = complete, viable
         self._texts: OrderedDict[tuple[int, ...], bytes] = OrderedDict()
+        self._begun: OrderedDict[tuple[str, bytes], bool] = OrderedDict()
 
     def with_eos(self, eos: Collection[int]) -> PredicateConstraint:
         """The same for other end tokens."""
@@ -52,13 +57,24 @@ class PredicateConstraint:
         """Whether `token` keeps the text viable, or ends a complete one."""
         written = self._bytes(tuple(prefix))
         if token in self.eos:
-            text = _decoded(written, final=True)
-            return text != _NEVER and bool(self._complete(text))
+            text, rest = _decoded(written)
+            return not rest and text != _NEVER and bool(self._complete(text))
         piece = self._pieces[token] if token < len(self._pieces) else None
         if piece is None:
             return False
-        text = _decoded(written + piece, final=False)
-        return text != _NEVER and (self._viable is None or bool(self._viable(text)))
+        text, rest = _decoded(written + piece)
+        if text == _NEVER or self._viable is None:
+            return text != _NEVER
+        return self._may_begin(self._viable, text, rest) if rest else bool(self._viable(text))
+
+    def _may_begin(self, viable: Callable[[str], bool], text: str, rest: bytes) -> bool:
+        """Whether `text` may go on with a character whose first bytes are `rest`."""
+        key = text, rest
+        if key not in self._begun:
+            self._begun[key] = any(viable(text + character) for character in _beginning_with(rest))
+            if len(self._begun) > _KEPT:
+                self._begun.popitem(last=False)
+        return self._begun[key]
 
     def _bytes(self, prefix: tuple[int, ...]) -> bytes:
         found = self._texts.get(prefix)
@@ -74,10 +90,26 @@ class PredicateConstraint:
         return found
 
 
-def _decoded(data: bytes, *, final: bool) -> str:
-    """The text of `data`, an incomplete last character left out unless `final`; `_NEVER` when it is no text."""
+def _decoded(data: bytes) -> tuple[str, bytes]:
+    """The text of `data` and the first bytes of its last character where that is incomplete; `_NEVER` for no text."""
     decoder = codecs.getincrementaldecoder("utf-8")()
     try:
-        return decoder.decode(data, final=final)
+        text = decoder.decode(data)
     except UnicodeDecodeError:
-        return _NEVER
+        return _NEVER, b""
+    return text, decoder.getstate()[0]
+
+
+@cache
+def _beginning_with(rest: bytes) -> tuple[str, ...]:
+    """All assigned characters, private ones left out, whose UTF-8 begins with `rest`."""
+    table = _characters()
+    # UTF-8 sorts as the characters do.
+    begin, end = bisect_left(table, rest), bisect_left(table, rest + b"\xff")
+    return tuple(encoded.decode() for encoded in table[begin:end])
+
+
+@cache
+def _characters() -> list[bytes]:
+    wide = (chr(i) for i in range(0x80, sys.maxunicode + 1))
+    return [c.encode() for c in wide if unicodedata.category(c) not in ("Cn", "Co", "Cs")]

@@ -13,39 +13,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenloom.decode.r2r.asking import Asking, ByEntropy, ByRouter, ByWindow
 from tokenloom.decode.registry import decoder
 from tokenloom.decode.run import Loop, Run
 from tokenloom.decode.session import Session, open_session
-from tokenloom.methods.decoding.r2r import Router, route, route_by_entropy
+from tokenloom.methods.decoding.r2r import Router
 
 
 @decoder("r2r", kind="loop")
 class R2R(Loop):
     """The model writes, `large` (a model with the same tokenizer) is asked where `router` says so.
 
-    Without a router it is asked where the model's entropy is above `entropy` nats. `threshold` is the router's. After a
-    call, `last_run.counts` has the share of tokens that the large model wrote, `usage`.
+    Without a router it is asked where the model's entropy is above `entropy` nats; or, with `window` tokens, from where
+    its uncertainty reaches `uncertainty` (unless its entropy is below `certain`) until the mean over the window is
+    below it again. `carry`: that first token counts in the window. `threshold` is the router's. After a call,
+    `last_run.counts` has the share of tokens that the large model wrote, `usage`.
     """
 
     def __init__(
-        self, large: Any, router: Router | None = None, *, threshold: float = 0.5, entropy: float = 0.45
-    ) -> None:
+        self, large: Any, router: Router | None = None, *, threshold: float = 0.5, entropy: float = 0.45,
+        window: int = 0, uncertainty: float = 2.275, certain: float = 0.02, carry: bool = True,
+    ) -> None:  # fmt: skip
+        """Raises ValueError for a negative window, or for one beside a router."""
+        if window < 0 or (window and router is not None):
+            raise ValueError(
+                f"r2r: window is the tokens of a rolling window, 0 for none, and takes the place of a router; got "
+                f"{window}" + (" and a router" if router is not None else "")
+            )
         self.large, self.router = large, router
         self.threshold, self.entropy = threshold, entropy
+        self.window, self.uncertainty, self.certain, self.carry = window, uncertainty, certain, carry
 
     def rows(self, run: Run) -> list[list[int]]:
         """See `Loop`."""
         generated: list[list[int]] = [[] for _ in range(len(run))]
         live = list(range(len(run)))
         asked = written = 0
-        options: dict[str, Any] = {} if self.router is None else {"output_hidden_states": True}
+        asking = self._asking(len(run))
+        options: dict[str, Any] = {"output_hidden_states": True} if asking.reads_states else {}
         with run.session(**options) as small, ExitStack() as stack:
             reader = _Reader(self.large, stack)
             scores = small.start()
             while True:
                 news = [generated[r] for r in live]
                 chosen = run.choose(live, news, scores)
-                routed = self._routed(small, scores, chosen)
+                routed = asking.asks(small, scores, chosen)
                 if bool(routed.any()):
                     answers = reader.read([[*run.prompts[r], *generated[r]] for r in live])
                     _check_vocabularies(scores, answers)
@@ -62,21 +74,16 @@ class R2R(Loop):
                 if len(running) < len(live):
                     small.branch(running)
                     reader.branch(running)
+                    asking.branch(running)
                 live = [live[i] for i in running]
                 scores = small.step(torch.tensor([chosen[i] for i in running]))
 
-    def _routed(self, small: Session, scores: Tensor, chosen: Sequence[int]) -> Tensor:
-        if self.router is None:
-            return route_by_entropy(scores.float(), threshold=self.entropy)
-        if not 0 < self.threshold <= 1:  # one of the two models alone
-            return torch.full((len(scores),), self.threshold <= 0, device=scores.device)
-        hidden = last_hidden(small, [len(row) for row in small.rows])
-        top = scores.float().topk(self.router.shape["top"], -1).values
-        device = self.router.combine.weight.device
-        tokens = torch.tensor(list(chosen), device=device)
-        with torch.no_grad():
-            found = self.router.eval()(hidden.to(device), top.to(device), tokens)
-        return route(found, threshold=self.threshold).to(scores.device)
+    def _asking(self, rows: int) -> Asking:
+        if self.router is not None:
+            return ByRouter(self.router, self.threshold)
+        if self.window:
+            return ByWindow(rows, self.window, self.uncertainty, self.certain, self.carry)
+        return ByEntropy(self.entropy)
 
 
 class _Reader:
@@ -103,18 +110,6 @@ class _Reader:
         """Go on with these rows."""
         if self._session is not None:
             self._session.branch(rows)
-
-
-def last_hidden(session: Session, lengths: Sequence[int]) -> Tensor:
-    """The hidden states [B, D] of each row's last token, after the final norm, from the session's last forward."""
-    states: Tensor = session.output.hidden_states[-1]  # type: ignore[attr-defined]  # of model sessions
-    rows = [tuple(row) for row in session.rows]
-    if states.shape[:2] == (len(rows), 1):
-        return states[:, 0]
-    # The forward of the prompts: each distinct one once, filled up on the right.
-    distinct = list(dict.fromkeys(rows))
-    at = torch.tensor([distinct.index(row) for row in rows], device=states.device)
-    return states[at, torch.tensor(list(lengths), device=states.device) - 1]
 
 
 def _check_vocabularies(small: Tensor, large: Tensor) -> None:

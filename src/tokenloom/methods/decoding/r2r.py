@@ -7,7 +7,8 @@ LN, linear to one score. Trained by cross-entropy, right rows weighted by (negat
 
 Shapes: hidden [B, D], logits [B, K], tokens [B] ids, scores [B]. Entropies in nats, of the small model's raw logits.
 Limits: p_th > 1 is the small model alone, p_th <= 0 the large one alone. Average active parameters are
-small + usage large. `r2r/entropy` is the router that needs no training. Deviations: none. Fidelity: code (network).
+small + usage large. `r2r/entropy` is a router that needs no training; `methods.decoding.r2r_windows` has others.
+Deviations: none. Fidelity: code (network).
 """
 
 from __future__ import annotations

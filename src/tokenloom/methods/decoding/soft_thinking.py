@@ -4,9 +4,13 @@ p = softmax(z / tau); keep the top k, then the top p, then p >= min_p max p, the
 these, renormalized (after each step). Next input: sum_j q_j E[id_j]; the recorded token is the most probable.
 Cold stop: the end-of-thinking token is forced at the length-th step in a row with H(p) < threshold, H before the cuts.
 
-Shapes: probs [B, V], q and ids [B, M] with M = max_topk, zeros behind the last kept. Entropies in nats.
-Limits: max_topk = 1 is discrete decoding by the most probable token; threshold <= 0 never stops. Deviations: the
-noise of the code (Dirichlet, Gumbel), which the paper has not, is left out. Fidelity: code.
+Noise of the code (arXiv 2508.03440), before the mixture is sorted again and its first token recorded:
+    gumbel     q' = softmax((log q + g) / tau), g standard Gumbel      q'_j is the largest with probability q_j
+    dirichlet  q' ~ Dirichlet(alpha q)                                 E q' = q, Var q'_j = q_j (1 - q_j) / (alpha + 1)
+
+Shapes: probs [B, V], q and ids [B, M] with M = max_topk, zeros behind the last kept; they stay zeros under noise.
+Entropies in nats. Limits: max_topk = 1 is discrete decoding by the most probable token, with noise too; threshold <= 0
+never stops; alpha -> inf is no noise, tau -> 0 draws a token from q. Deviations: none. Fidelity: code.
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ from torch import Tensor
 from tokenloom.catalog import part
 
 PAPER = "arXiv:2505.15778"
+NOISE = "arXiv:2508.03440"
 
 
 @part("soft-thinking", stage="choose", scope="row", paper=PAPER)
@@ -41,6 +46,42 @@ def concept(
     return _normalized(kept), ids[:, : kept.shape[1]]
 
 
+@part("soft-thinking/gumbel", stage="choose", scope="row", paper=NOISE)
+def gumbel_noise(
+    weights: Tensor, ids: Tensor, exponentials: Tensor, *, temperature: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """A mixture under Gumbel noise, sorted again: weights and ids [B, M] as of `concept`.
+
+    `exponentials` [B, M] are exponential variates; minus their logs is the noise.
+
+    Raises:
+        ValueError: for a temperature that is not above 0.
+    """
+    if not temperature > 0:
+        raise ValueError(f"soft-thinking: the temperature of Gumbel noise must be above 0, got {temperature}")
+    noisy = (weights.to(exponentials.dtype).log() - exponentials.log()) / temperature
+    return _sorted_again(noisy.softmax(-1).to(weights.dtype), ids)
+
+
+@part("soft-thinking/dirichlet", stage="choose", scope="row", paper=NOISE)
+def dirichlet_noise(
+    weights: Tensor, ids: Tensor, gammas: Tensor, exponentials: Tensor, *, alpha: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """A mixture drawn around q, sorted again: weights and ids [B, M] as of `concept`.
+
+    `gammas` [B, M] are gamma variates of shapes alpha q + 1, `exponentials` [B, M] exponential ones. Gamma variates of
+    shape a are those of a + 1 times exp(-e / a), which in logs does not underflow at small a.
+
+    Raises:
+        ValueError: for an alpha that is not above 0.
+    """
+    if not alpha > 0:
+        raise ValueError(f"soft-thinking: alpha of Dirichlet noise must be above 0, got {alpha}")
+    shapes = alpha * weights.to(gammas.dtype)
+    logs = torch.where(weights > 0, gammas.log() - exponentials / shapes, -torch.inf)
+    return _sorted_again(logs.softmax(-1).to(weights.dtype), ids)
+
+
 @part("soft-thinking/mixture", stage="choose", scope="row", paper=PAPER)
 def mixture(weights: Tensor, embeddings: Tensor) -> Tensor:
     """sum_j q_j E_j [B, D] of weights [B, M], embeddings [B, M, D]; a weight of 1 gives its embedding bit by bit."""
@@ -63,6 +104,11 @@ def cold_stop(entropies: Tensor, run: Tensor, *, threshold: float = 0.01, length
     low = entropies < threshold
     run = torch.where(low, run + 1, 0)
     return run, (run >= length) & (threshold > 0)
+
+
+def _sorted_again(weights: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    ordered, places = weights.sort(dim=-1, descending=True, stable=True)
+    return ordered, ids.gather(-1, places)
 
 
 def _normalized(masses: Tensor) -> Tensor:
