@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+
 import pytest
 import torch
 
 from tokenloom.decode.drafters.base import drawn, filled, largest, likeliest
+from tokenloom.decode.drafters.best_first import Beliefs, Grown, best_first
 from tokenloom.decode.drafters.lookup import GroupNGrams, NGramPlaces, PromptLookup
 from tokenloom.decode.drafters.shapes import Chances, Shape
+from tokenloom.decode.drafters.token_recycling import TokenRecycling
 from tokenloom.draw import RandomDraw
 from tokenloom.methods.decoding.draft_tree import ROOT, DraftTree
 from tokenloom.methods.decoding.prompt_lookup import prompt_lookup
@@ -36,6 +41,50 @@ def test_chances_follow_what_came_true() -> None:
     # Siblings are drawn in order: one is never put off for the one behind it.
     sums = chances.sums(1)
     assert all(b - a <= c - b + 1 for a, b, c in zip(sums, sums[1:], sums[2:], strict=False))
+
+
+def test_trees_grow_where_the_drafter_believes() -> None:
+    """Against all paths of a random table: no other n nodes, each with its parent, have chances of a larger sum."""
+    draw = random.Random(0)
+    table = {
+        path: sorted(((t, draw.random() / 3) for t in range(3)), key=lambda x: -x[1])
+        for depth in range(4)
+        for path in itertools.product(range(3), repeat=depth)
+    }
+    chances = {(): 1.0}
+    for path in sorted(table, key=len):
+        for token, chance in table[path]:
+            chances[*path, token] = chances[path] * chance
+    best = sorted((chance for path, chance in chances.items() if path), reverse=True)
+    for nodes in (1, 7, 40):
+        grown = best_first(lambda path: table[tuple(path)], nodes=nodes, depth=4)
+        assert len(grown.shape) == nodes
+        assert grown.sums[1:] == pytest.approx(list(itertools.accumulate(best[:nodes])))
+        assert max(grown.shape.depths) <= 4
+    # Left open, what is hardly ever read is left out.
+    assert len(best_first(lambda path: table[tuple(path)], nodes=None, depth=4).shape) == sum(b >= 0.02 for b in best)
+
+
+def test_beliefs_become_what_was_seen() -> None:
+    beliefs = Beliefs(2, trust=0.5)
+    assert beliefs.chance(0.95, 0) == pytest.approx(0.5 * 0.97)
+    draw = random.Random(0)
+    for _ in range(4000):
+        beliefs.note(0.95, draw.random() < 0.3, 1)
+    assert beliefs.chance(0.95, 1) == pytest.approx(0.3, abs=0.08)  # some 200 of the last ones count: sd 0.03
+    assert beliefs.chance(0.95, 0) == pytest.approx(0.5 * 0.97)
+
+
+def test_token_recycling_drafts_deep_where_it_was_sure() -> None:
+    drafter = TokenRecycling(branches=2)
+    drafter.adjacency = torch.tensor([[1, 2], [2, 0], [0, 1], [-1, -1]], dtype=torch.int32)
+    drafter._probs = torch.tensor([[0.97, 0.03], [0.97, 0.03], [0.5, 0.5], [0.0, 0.0]])
+    sure, unsure = drafter.grown([0], "given", 3), drafter.grown([2], "given", 3)
+    assert sure is not None
+    assert unsure is not None
+    assert list(sure.shape.parents) == [ROOT, 0, 1]
+    assert sure.sums[3] > unsure.sums[3]
+    assert drafter.grown([3], "given", 3) == Grown(Shape([], []), [0.0])
 
 
 def test_branching_bounds_a_shape() -> None:

@@ -173,16 +173,16 @@ def test_without_a_compiler_decoding_goes_on(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("TOKENLOOM_CACHE", str(tmp_path))
-    load = build.library.__wrapped__
+    load = build.found.__wrapped__
     monkeypatch.setenv("CXX", "false")
-    assert load() is None
+    assert load()[0] is None
     assert "did not compile" in caplog.text
     monkeypatch.delenv("CXX")
     monkeypatch.setattr(build.shutil, "which", lambda _: None)
-    assert load() is None
+    assert load() == (None, "they need a C++ compiler, such as g++")
     monkeypatch.undo()
     monkeypatch.setenv("TOKENLOOM_NATIVE", "0")
-    assert load() is None
+    assert load() == (None, "switched off by TOKENLOOM_NATIVE=0")
     monkeypatch.setattr(block, "serves", lambda _: False)
     model = model_of("llama")
     truth = Truth(model)

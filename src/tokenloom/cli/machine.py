@@ -92,7 +92,19 @@ def _processor() -> list[Fact]:
     facts.append(Fact("float32 products", f"{single / 1e9:,.0f} GFLOP/s", f"measured on {where}"))
     faster = half / single
     advice = "use model.autocast=bf16" if faster > 1.2 else "leave model.autocast at none: bf16 gains nothing here"
-    return [*facts, Fact("bf16 products", f"{half / 1e9:,.0f} GFLOP/s", f"{faster:.1f} x float32: {advice}")]
+    facts.append(Fact("bf16 products", f"{half / 1e9:,.0f} GFLOP/s", f"{faster:.1f} x float32: {advice}"))
+    return [*facts, _compiled_layers()]
+
+
+def _compiled_layers() -> Fact:
+    import torch
+
+    from tokenloom.rollout.native import build
+
+    formats = [name for name, dtype in (("float32", torch.float32), ("bf16", torch.bfloat16)) if build.serves(dtype)]
+    if formats:
+        return Fact("compiled layers", ", ".join(formats), "decoding of Llama-like models in one call a layer")
+    return Fact("compiled layers", "none", f"decoding takes twice as long or more: {build.found()[1]}", good=False)
 
 
 def _threads(threads: int, usable: int) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from tokenloom.decode.cost import CostCurve, best_size, curve_for
 from tokenloom.decode.drafters.base import EMPTY, NOTHING, Ask, Drafter, Drawing, Round, likeliest
+from tokenloom.decode.drafters.best_first import Grown
 from tokenloom.decode.drafters.shapes import Chances, Shape
 from tokenloom.decode.registry import build, decoder
 from tokenloom.decode.run import Loop, Run
@@ -95,40 +96,48 @@ class _Sizes:
         self, run: Run, session: Session, drafter: Drafter, chances: Chances, fixed: Shape | None, nodes: int | None
     ) -> None:
         self._run, self._session, self._drafter, self._chances = run, session, drafter, chances
-        self._fixed, self._nodes = fixed, nodes
+        self._fixed, self.nodes = fixed, nodes
         self._pause, self._waited, self._drafted = _PAUSES[0], 0, 0
         self._curve: CostCurve | None = None
         self._measured = 0
         self._keys: list[int | None] = []
+        self._grown: list[Grown | None] = []
         self._size = 0
 
-    def shapes(self, keys: list[int | None], rooms: Sequence[int]) -> list[Shape]:
-        """For rows whose drafts have `keys`, and that can still take `rooms` tokens of them."""
-        self._keys = keys
+    def shapes(self, keys: list[int | None], grown: list[Grown | None], rooms: Sequence[int]) -> list[Shape]:
+        """For rows whose drafts have `keys`, or were `grown`, and that can still take `rooms` tokens of them."""
+        self._keys, self._grown = keys, grown
         ready = [key is not None and room > 0 for key, room in zip(keys, rooms, strict=True)]
         self._size = self._decided() if any(ready) else 0
         if not self._size:
             return [NOTHING] * len(keys)
         return [
-            self._shape(key, room) if key is not None and room > 0 else NOTHING
-            for key, room in zip(keys, rooms, strict=True)
+            self._shape(key, own, room) if key is not None and room > 0 else NOTHING
+            for key, own, room in zip(keys, grown, rooms, strict=True)
         ]
 
-    def _shape(self, key: int, room: int) -> Shape:
+    def _shape(self, key: int, grown: Grown | None, room: int) -> Shape:
         if self._fixed is not None:
             return self._fixed.cut(room)
+        if grown is not None:
+            return grown.shape.first(self._size).cut(room)
         return self._chances.shape(key, self._size, room)
+
+    def _sums(self, key: int | None, grown: Grown | None) -> list[float]:
+        if key is None:
+            return [0.0]
+        return self._chances.sums(key) if grown is None else grown.sums
 
     def _decided(self) -> int:
         if self._fixed is not None:
             return len(self._fixed)
-        if self._nodes is not None:
-            return self._nodes
+        if self.nodes is not None:
+            return self.nodes
         curve = self._current_curve()
         if not curve.knows(0) or self._drafted >= _PLAIN_EVERY:
             self._drafted = 0
             return 0
-        sums = [[0.0] if key is None else self._chances.sums(key) for key in self._keys]
+        sums = [self._sums(key, grown) for key, grown in zip(self._keys, self._grown, strict=True)]
         size = best_size(sums, lambda n: curve.seconds(n + self._drafter.probed(n)), _MOST)
         if size:
             self._pause, self._waited = _PAUSES[0], 0
@@ -157,8 +166,8 @@ class _Sizes:
 
     def note(self, rounds: Sequence[Round], seconds: float) -> None:
         """What became of the drafts, and how long the round took."""
-        for done, key in zip(rounds, self._keys, strict=True):
-            if key is not None and len(done.tree):
+        for done, key, grown in zip(rounds, self._keys, self._grown, strict=True):
+            if key is not None and grown is None and len(done.tree):
                 self._chances.note(key, done.tree, done.path)
         if self._curve is not None and (len(rounds) - 1).bit_length() == self._measured:
             # Whole trees only: smaller ones say nothing of what the size costs.
@@ -246,7 +255,11 @@ class _Batch:
         keys = [self.drafter.key(row, self.texts[row]) for row in self.live]
         # One token more comes with every path.
         rooms = [self.run.limit - len(self.generated[row]) - 1 for row in self.live]
-        shapes = self.sizes.shapes(keys, rooms)
+        grown = [
+            None if key is None else self.drafter.grown(self.texts[row], self.drawing, self.sizes.nodes)
+            for row, key in zip(self.live, keys, strict=True)
+        ]
+        shapes = self.sizes.shapes(keys, grown, rooms)
         if not any(len(shape) for shape in shapes):
             return None
         return [

@@ -137,7 +137,7 @@ class TreeForward:
         prompts = torch.tensor([len(p) for p in rollouts.prompt_tokens], dtype=torch.int64)
         rows, _, positions = predicting_positions(prompts, rollouts.mask.cpu())
         numbers, tokens, shared = _sorted(rollouts, needed_lengths(len(rollouts), rows, positions))
-        return [torch.tensor(numbers[a:b], dtype=torch.int64) for a, b in _parts(tokens, shared, token_budget)]
+        return [torch.tensor(numbers[a:b], dtype=torch.int64) for a, b in _even_parts(tokens, shared, token_budget)]
 
     def _joins(self, size: int, fresh: int, common: int) -> bool:
         """Is a row with `common` shared and `fresh` own tokens cheaper inside a tree of `size` nodes than alone?
@@ -177,6 +177,24 @@ def _sorted(rollouts: Rollouts, needed: Tensor) -> tuple[list[int], list[Tensor]
 def _by_row(count: int, rows: Tensor) -> list[Tensor]:
     """For each of `count` rows the indices at which it stands in the ascending `rows`."""
     return list(torch.split(torch.arange(len(rows)), torch.bincount(rows, minlength=count).tolist()))
+
+
+def _even_parts(tokens: list[Tensor], shared: list[int], budget: int) -> list[tuple[int, int]]:
+    """As many parts as `_parts` makes and no more nodes, but no larger than need be: the largest one takes memory."""
+
+    def nodes(parts: list[tuple[int, int]]) -> int:
+        return sum(len(tokens[row]) - (shared[row] if row > a else 0) for a, b in parts for row in range(a, b))
+
+    parts = _parts(tokens, shared, budget)
+    most, low, high = nodes(parts), 0, budget
+    while len(parts) > 1 and high - low > max(1, budget // 64):
+        middle = (low + high) // 2
+        tried = _parts(tokens, shared, middle)
+        if len(tried) == len(parts) and nodes(tried) <= most:
+            parts, high = tried, middle
+        else:
+            low = middle
+    return parts
 
 
 def _parts(tokens: list[Tensor], shared: list[int], budget: int) -> list[tuple[int, int]]:

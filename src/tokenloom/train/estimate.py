@@ -179,8 +179,9 @@ def micro_batch_sizes(recipe: Recipe, prompt: int, groups: int) -> list[int]:
 
 
 def _dealt(total: int, most: int) -> list[int]:
-    """`total` in parts of `most` (at least 1), the last one being what is left."""
-    most = max(most, 1)
+    """`total` in as few parts of at most `most` (at least 1) as will do, the largest as small as can be."""
+    parts = -(-total // max(most, 1))
+    most = -(-total // max(parts, 1))
     return [most] * (total // most) + [total % most] * (total % most > 0)
 
 

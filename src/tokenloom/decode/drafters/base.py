@@ -13,6 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tokenloom.decode.drafters.best_first import Grown
 from tokenloom.decode.drafters.shapes import NOTHING, Shape
 from tokenloom.decode.run import Run
 from tokenloom.draw import Draw
@@ -79,6 +80,13 @@ class Drafter:
     def key(self, row: int, text: list[int]) -> int | None:
         """The class of chances of drafts behind `text`; None: there are none."""
         return 0
+
+    def grown(self, text: list[int], drawing: Drawing, nodes: int | None) -> Grown | None:
+        """The shape of `nodes` nodes (None: of any size) that is likeliest to come true behind `text`.
+
+        None: that follows from the class of chances.
+        """
+        return None
 
     def draft(self, asks: Sequence[Ask]) -> list[DraftTree]:
         """The trees of all live rows, in their order; shapes without nodes get `EMPTY`."""

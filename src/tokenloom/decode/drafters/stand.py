@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from tokenloom.decode.drafters.base import Ask, Drafter, Round, drawn, filled, largest
+from tokenloom.decode.drafters.base import Ask, Drafter, Drawing, Round, drawn, filled, largest
+from tokenloom.decode.drafters.best_first import Beliefs, Grown, best_first
 from tokenloom.decode.registry import decoder
 from tokenloom.decode.shapers import wide
-from tokenloom.methods.decoding.draft_tree import DraftTree, SparseLaw
+from tokenloom.methods.decoding.draft_tree import ROOT, DraftTree, SparseLaw
 from tokenloom.methods.decoding.stand import NGramTable, stand
+
+_SURE = (0.4, 0.7, 0.95)
+"""Probabilities of the likeliest token that part classes of chances."""
 
 
 @decoder("stand", kind="drafter")
@@ -28,17 +33,34 @@ class Stand(Drafter):
 
     def __init__(self, *, longest: int = 4, kept: int = 10) -> None:
         self._longest, self._kept = longest, kept
-        self.keys, self.branching = longest, (kept, kept)
+        self.keys, self.branching = longest * (len(_SURE) + 1), (kept, kept)
         self.reset()
 
     def reset(self) -> None:
         """Forget all n-grams, before another problem."""
         self.table = NGramTable(longest=self._longest, kept=self._kept)
+        self._beliefs = Beliefs(self._longest)
 
     def key(self, row: int, text: list[int]) -> int | None:
-        """See `Drafter`: the length of the n-gram that is known."""
-        n, _ = stand(self.table, text[-self._longest :])
-        return n - 1 if n else None
+        """See `Drafter`: the length of the n-gram that is known, and how sure its law is."""
+        n, found = stand(self.table, text[-self._longest :])
+        if found is None:
+            return None
+        return (n - 1) * (len(_SURE) + 1) + bisect_right(_SURE, found[1][0])
+
+    def grown(self, text: list[int], drawing: Drawing, nodes: int | None) -> Grown | None:
+        """See `Drafter`; drawn tokens are not known before their number is."""
+        if drawing != "given":
+            return None
+        end = text[-self._longest :]
+
+        def below(path: list[int]) -> list[tuple[int, float]]:
+            n, found = stand(self.table, [*end, *path][-self._longest :])
+            if found is None:
+                return []
+            return [(token, self._beliefs.chance(p, n - 1)) for token, p in zip(*found, strict=True)]
+
+        return best_first(below, nodes=nodes, depth=self.depth)
 
     def draft(self, asks: Sequence[Ask]) -> list[DraftTree]:
         """See `Drafter`."""
@@ -61,6 +83,8 @@ class Stand(Drafter):
 
     def learn(self, rounds: Sequence[Round], scores: Tensor) -> None:
         """See `Drafter`: the laws behind the text and every accepted token."""
+        for done in rounds:
+            self._judge(done)
         if rounds[0].shaped is None:
             at = [(row, place) for row, done in enumerate(rounds) for place in done.at]
             rows, places = torch.tensor(at, device=scores.device).unbind(1)
@@ -77,3 +101,17 @@ class Stand(Drafter):
                     context.append(done.tree.tokens[node])
                 tokens, probs = next(laws)
                 self.table.add(context[-self._longest :], (tuple(tokens), tuple(probs)))
+
+    def _judge(self, done: Round) -> None:
+        """What came true of a tree that the table gave."""
+        taken, context = set(done.path), done.text[-self._longest :]
+        for node in (ROOT, *done.path):
+            if node != ROOT:
+                context.append(done.tree.tokens[node])
+            children = done.tree.children.get(node)
+            n, found = stand(self.table, context[-self._longest :]) if children else (0, None)
+            if found is None:
+                continue
+            probs = dict(zip(*found, strict=True))
+            for child in children or ():
+                self._beliefs.note(probs[done.tree.tokens[child]], child in taken, n - 1)

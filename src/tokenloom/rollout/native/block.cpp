@@ -22,7 +22,6 @@ namespace {
 
 using bf16 = uint16_t;
 constexpr int kPanel = 32;  // outputs that are summed together: two vectors of 16
-constexpr int kRows = 12;   // rows that are summed together: 24 of the 32 registers
 constexpr int64_t kChunk = 256 * 1024;  // bytes of the rows that are read again for each panel
 
 inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
@@ -89,51 +88,18 @@ struct Weight {
   int64_t alternate;  // 16 outputs of the first, then 16 of the second, and so on
 };
 
+using Sums = __m512[12][2];  // for each of some rows of x
+
 // 32 outputs of a weight.
 template <class T>
 struct Panel;
 
-// 16 numbers from each of 16 rows (null: zeros), to out [16, 32 apart] the other way round.
-inline void transpose(const float* const* row, int64_t k, float* out) {
-  __m512 r[16], t[16];
-  for (int i = 0; i < 16; ++i) {
-    r[i] = row[i] ? _mm512_loadu_ps(row[i] + k) : _mm512_setzero_ps();
-    _mm_prefetch(reinterpret_cast<const char*>(row[i] + k) + 512, _MM_HINT_T0);
-  }
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-  }
-  const auto low = [](__m512 x, __m512 y) {
-    return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
-  };
-  const auto high = [](__m512 x, __m512 y) {
-    return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(x), _mm512_castps_pd(y)));
-  };
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = low(t[i], t[i + 2]), r[i + 1] = high(t[i], t[i + 2]);
-    r[i + 2] = low(t[i + 1], t[i + 3]), r[i + 3] = high(t[i + 1], t[i + 3]);
-  }
-  for (int c = 0; c < 4; ++c) {
-    const __m512 even = _mm512_shuffle_f32x4(r[c], r[4 + c], 0x88), odd = _mm512_shuffle_f32x4(r[c], r[4 + c], 0xdd);
-    const __m512 later = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0x88);
-    const __m512 latest = _mm512_shuffle_f32x4(r[8 + c], r[12 + c], 0xdd);
-    _mm512_storeu_ps(out + c * kPanel, _mm512_shuffle_f32x4(even, later, 0x88));
-    _mm512_storeu_ps(out + (8 + c) * kPanel, _mm512_shuffle_f32x4(even, later, 0xdd));
-    _mm512_storeu_ps(out + (4 + c) * kPanel, _mm512_shuffle_f32x4(odd, latest, 0x88));
-    _mm512_storeu_ps(out + (12 + c) * kPanel, _mm512_shuffle_f32x4(odd, latest, 0xdd));
-  }
-}
-
-constexpr int kDot = 4;  // rows up to which weights are taken as they lie
-
-// Turned on the way, to [K, 32 outputs], for more rows than kDot.
 template <>
 struct Panel<float> {
-  const float* row[kPanel];
-  const float* at = nullptr;
+  static constexpr int kRows = 4;  // rows of x that are summed together
+  const float* row[kPanel];        // null behind the last output
 
-  Panel(const Weight& weight, int64_t p, int64_t K, int64_t M) {
+  Panel(const Weight& weight, int64_t p, int64_t K) {
     for (int j = 0; j < kPanel; ++j) {
       int64_t part = 0, i = p * kPanel + j;
       if (weight.alternate) {
@@ -143,89 +109,81 @@ struct Panel<float> {
       }
       row[j] = i < weight.rows[part] ? static_cast<const float*>(weight.part[part]) + i * K : nullptr;
     }
-    if (M <= kDot) return;
-    thread_local std::vector<float> turned;
-    turned.resize(K * kPanel);
-    for (int64_t k = 0; k < K; k += 16) {
-      for (int half = 0; half < kPanel; half += 16) transpose(row + half, k, turned.data() + k * kPanel + half);
-    }
-    at = turned.data();
   }
 };
 
-// Sums of R rows of x over one panel, each a vector of parts to be added up.
+// Sums of R rows of x over one panel, each a vector of parts to be added up: weights are taken as they lie.
 template <int R>
-inline void dots(const float* x, int64_t K, const Panel<float>& panel, __m512 (&sum)[kRows][2]) {
+inline void sums(const float* x, int64_t K, const Panel<float>& panel, Sums& sum) {
   alignas(64) float found[R][kPanel] = {};
-  for (int j = 0; j < kPanel; j += 4) {
-    if (!panel.row[j]) break;
+  for (int j = 0; j < kPanel && panel.row[j]; j += 4) {
     __m512 s[R][4];
     const float* row[4];
+#pragma GCC unroll 12
     for (int i = 0; i < 4; ++i) row[i] = panel.row[j + i] ? panel.row[j + i] : panel.row[j];
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 12
       for (int i = 0; i < 4; ++i) s[r][i] = _mm512_setzero_ps();
     }
     for (int64_t k = 0; k < K; k += 16) {
+#pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         const __m512 v = _mm512_loadu_ps(x + r * K + k);
+#pragma GCC unroll 12
         for (int i = 0; i < 4; ++i) s[r][i] = _mm512_fmadd_ps(v, _mm512_loadu_ps(row[i] + k), s[r][i]);
       }
     }
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 12
       for (int i = 0; i < 4; ++i) found[r][j + i] = _mm512_reduce_add_ps(s[r][i]);
     }
   }
   for (int r = 0; r < R; ++r) sum[r][0] = _mm512_load_ps(found[r]), sum[r][1] = _mm512_load_ps(found[r] + 16);
 }
 
-template <int R>
-inline void sums(const float* x, int64_t K, const Panel<float>& panel, __m512 (&sum)[kRows][2]) {
-  if constexpr (R <= kDot) {
-    if (!panel.at) return dots<R>(x, K, panel, sum);
-  }
-  __m512 s[R][2];
-  for (int r = 0; r < R; ++r) s[r][0] = s[r][1] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < K; ++k) {
-    const __m512 w0 = _mm512_loadu_ps(panel.at + k * kPanel), w1 = _mm512_loadu_ps(panel.at + k * kPanel + 16);
-    for (int r = 0; r < R; ++r) {
-      const __m512 v = _mm512_set1_ps(x[r * K + k]);
-      s[r][0] = _mm512_fmadd_ps(v, w0, s[r][0]);
-      s[r][1] = _mm512_fmadd_ps(v, w1, s[r][1]);
-    }
-  }
-  for (int r = 0; r < R; ++r) sum[r][0] = s[r][0], sum[r][1] = s[r][1];
-}
-
 #ifdef __AVX512BF16__
 // It lies as [K / 2, 32 outputs, 2 inputs].
 template <>
 struct Panel<bf16> {
+  static constexpr int kRows = 12;  // 24 of the 32 registers
   const bf16* at;
 
-  Panel(const Weight& weight, int64_t p, int64_t K, int64_t) : at(static_cast<const bf16*>(weight.part[0]) + p * kPanel * K) {}
+  Panel(const Weight& weight, int64_t p, int64_t K) : at(static_cast<const bf16*>(weight.part[0]) + p * kPanel * K) {}
 };
 
 template <int R>
-inline void sums(const bf16* x, int64_t K, const Panel<bf16>& panel, __m512 (&sum)[kRows][2]) {
+inline void sums(const bf16* x, int64_t K, const Panel<bf16>& panel, Sums& sum) {
   __m512 s[R][2];
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r) s[r][0] = s[r][1] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < K; k += 2) {
-    const __m512bh w0 = (__m512bh)_mm512_loadu_si512(panel.at + k * kPanel);
-    const __m512bh w1 = (__m512bh)_mm512_loadu_si512(panel.at + k * kPanel + kPanel);
-    for (int r = 0; r < R; ++r) {
-      int pair;
-      memcpy(&pair, x + r * K + k, sizeof pair);
-      const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
-      s[r][0] = _mm512_dpbf16_ps(s[r][0], both, w0);
-      s[r][1] = _mm512_dpbf16_ps(s[r][1], both, w1);
+  const bf16* const weights = panel.at;
+  for (int64_t from = 0; from < K; from += 32) {
+    // The processor looks ahead too little to hide the memory behind so much arithmetic.
+    const char* const next = reinterpret_cast<const char*>(weights + (from + K) * kPanel);
+    for (int i = 0; i < 32; ++i) _mm_prefetch(next + 64 * i, _MM_HINT_T1);
+    const int64_t to = std::min<int64_t>(from + 32, K);
+    for (int64_t k = from; k < to; k += 2) {
+      const __m512bh w0 = (__m512bh)_mm512_loadu_si512(weights + k * kPanel);
+      const __m512bh w1 = (__m512bh)_mm512_loadu_si512(weights + k * kPanel + kPanel);
+#pragma GCC unroll 12
+      for (int r = 0; r < R; ++r) {
+        int pair;
+        memcpy(&pair, x + r * K + k, sizeof pair);
+        const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+        s[r][0] = _mm512_dpbf16_ps(s[r][0], both, w0);
+        s[r][1] = _mm512_dpbf16_ps(s[r][1], both, w1);
+      }
     }
   }
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r) sum[r][0] = s[r][0], sum[r][1] = s[r][1];
 }
 #endif
 
 template <int R, class T>
-void some(int rows, const T* x, int64_t K, const Panel<T>& panel, __m512 (&sum)[kRows][2]) {
+void some(int rows, const T* x, int64_t K, const Panel<T>& panel, Sums& sum) {
   if (rows == R) return sums<R>(x, K, panel, sum);
   if constexpr (R > 1) some<R - 1>(rows, x, K, panel, sum);
 }
@@ -242,16 +200,17 @@ template <class T, class Emit>
 void products(const T* x, int64_t M, int64_t K, int64_t N, const Weight& weight, Emit emit) {
   int64_t first, last;
   share((N + kPanel - 1) / kPanel, &first, &last);
-  __m512 sum[kRows][2];
+  Sums sum;
   // So many rows that they stay in the cache while all panels pass.
+  constexpr int R = Panel<T>::kRows;
   const int64_t most = kChunk / static_cast<int64_t>(sizeof(T)), chunks = (M * K + most - 1) / most;
   for (int64_t c = 0; c < chunks; ++c) {
-    const int64_t top = M * c / chunks, rows = M * (c + 1) / chunks - top, blocks = (rows + kRows - 1) / kRows;
+    const int64_t top = M * c / chunks, rows = M * (c + 1) / chunks - top, blocks = (rows + R - 1) / R;
     for (int64_t p = first; p < last; ++p) {
-      const Panel<T> panel(weight, p, K, M);
+      const Panel<T> panel(weight, p, K);
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t from = top + rows * b / blocks, to = top + rows * (b + 1) / blocks;
-        some<kRows, T>(static_cast<int>(to - from), x + from * K, K, panel, sum);
+        some<R, T>(static_cast<int>(to - from), x + from * K, K, panel, sum);
         for (int64_t m = from; m < to; ++m) emit(m, p, sum[m - from]);
       }
     }
@@ -304,15 +263,18 @@ constexpr int kTogether = 6;  // queries whose scores are summed together
 template <int R, class T>
 inline void scored(const float* q, const T* keys, int64_t D, int64_t S, float* scores, int64_t stride) {
   __m512 s[R][2];
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r) s[r][0] = s[r][1] = _mm512_setzero_ps();
   for (int64_t d = 0; d < D; ++d) {
     const __m512 k0 = load(keys + d * S), k1 = load(keys + d * S + 16);
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       const __m512 v = _mm512_set1_ps(q[r * D + d]);
       s[r][0] = _mm512_fmadd_ps(v, k0, s[r][0]);
       s[r][1] = _mm512_fmadd_ps(v, k1, s[r][1]);
     }
   }
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
     _mm512_storeu_ps(scores + r * stride, s[r][0]);
     _mm512_storeu_ps(scores + r * stride + 16, s[r][1]);
@@ -323,15 +285,18 @@ inline void scored(const float* q, const T* keys, int64_t D, int64_t S, float* s
 template <int R, class T>
 inline void mixed(const float* p, int64_t stride, const T* values, int64_t D, int64_t S, float* out) {
   __m512 o[R][2];
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r) o[r][0] = o[r][1] = _mm512_setzero_ps();
   for (int64_t s = 0; s < S; ++s) {
     const __m512 v0 = load(values + s * D), v1 = load(values + s * D + 16);
+#pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       const __m512 w = _mm512_set1_ps(p[r * stride + s]);
       o[r][0] = _mm512_fmadd_ps(w, v0, o[r][0]);
       o[r][1] = _mm512_fmadd_ps(w, v1, o[r][1]);
     }
   }
+#pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
     _mm512_storeu_ps(out + r * D, o[r][0]);
     _mm512_storeu_ps(out + r * D + 16, o[r][1]);

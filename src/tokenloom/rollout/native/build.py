@@ -13,6 +13,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -45,28 +46,35 @@ def serves(dtype: torch.dtype) -> bool:
     return wanted.get(dtype, False) and library() is not None
 
 
-@functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled functions, or None where they are not to be had."""
-    if os.environ.get("TOKENLOOM_NATIVE", "1") == "0" or not _runs_here():
-        return None
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
-    if compiler is None:
-        _log.info("no C++ compiler found: decoding goes on with PyTorch's operations, at half the speed or less")
-        return None
+    return found()[0]
+
+
+@functools.cache
+def found() -> tuple[ctypes.CDLL | None, str]:
+    """The compiled functions, or None and why there are none."""
+    if os.environ.get("TOKENLOOM_NATIVE", "1") == "0":
+        return None, "switched off by TOKENLOOM_NATIVE=0"
+    if not _runs_here():
+        return None, "they need Linux on an x86-64 processor with AVX-512, and PyTorch with OpenMP"
+    at_hand = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), "")
+    compiler = shlex.split(os.environ.get("CXX", at_hand))
+    if not compiler:
+        return None, "they need a C++ compiler, such as g++"
     narrow = _has("_is_avx512_bf16_supported")
     flags = [*_FLAGS, _BFLOAT16] if narrow else _FLAGS
     try:
         folder = build_once(_target(compiler, flags), lambda folder: _compile(compiler, flags, folder))
-        found = ctypes.CDLL(str(folder / "block.so"))
+        loaded = ctypes.CDLL(str(folder / "block.so"))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
         _log.warning("decoding goes on with PyTorch's operations, %s did not compile: %s", _SOURCE.name, said)
-        return None
+        return None, f"{shlex.join(compiler)} did not compile them: {said}"
     for name, arguments in (_ARGUMENTS | (_ARGUMENTS_BFLOAT16 if narrow else {})).items():
-        function = getattr(found, name)
+        function = getattr(loaded, name)
         function.argtypes, function.restype = arguments, None
-    return found
+    return loaded, ""
 
 
 def _runs_here() -> bool:
@@ -80,15 +88,15 @@ def _has(feature: str) -> bool:
     return bool(getattr(torch.cpu, feature, lambda: False)())
 
 
-def _target(compiler: str, flags: list[str]) -> Path:
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=True)
+def _target(compiler: list[str], flags: list[str]) -> Path:
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=True)
     known = hashlib.sha256()
     for part in (_SOURCE.read_bytes(), " ".join(flags).encode(), version.stdout.encode()):
         known.update(part)
     return cache_folder() / "kernels" / known.hexdigest()[:16]
 
 
-def _compile(compiler: str, flags: list[str], folder: Path) -> None:
+def _compile(compiler: list[str], flags: list[str], folder: Path) -> None:
     _log.info("compiling %s, once", _SOURCE.name)
-    command = [compiler, *flags, str(_SOURCE), "-o", str(folder / "block.so")]
+    command = [*compiler, *flags, str(_SOURCE), "-o", str(folder / "block.so")]
     subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True)
