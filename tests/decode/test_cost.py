@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.tiny_models import tiny_llama
-from tokenloom.decode.cost import CostCurve, best_size, curve_for
+from tokenloom.decode.cost import CostCurve, best_sizes, curve_for
 from tokenloom.decode.session import open_session
 
 
@@ -35,8 +35,8 @@ def test_estimates_follow_the_rounds() -> None:
 
 
 def test_a_smaller_batch_takes_what_as_many_tokens_took() -> None:
-    curve = CostCurve({0: 1.0, 1: 1.5, 7: 4.5}).for_fewer(0.25)
-    # 4 and 8 tokens a row of a quarter of the rows are 1 and 2 of all.
+    curve = CostCurve({0: 1.0, 4: 1.5, 28: 4.5}, rows=4).for_fewer(1)
+    # 4 tokens of one row are what a step of four rows takes, 8 what four rows with 4 nodes take.
     assert curve.forward(0) == curve.forward(3) == 1.0
     assert curve.forward(7) == pytest.approx(1.5)
     assert curve.forward(31) == pytest.approx(4.5)
@@ -51,15 +51,32 @@ def test_accidents_count_little() -> None:
     assert curve.seconds(0) == pytest.approx(0.95)
 
 
+def best_size(sums: list[list[float]], seconds: dict[int, float], most: int) -> int:
+    """Where every row pays for the largest tree."""
+    return max(best_sizes(sums, seconds.__getitem__, most, ragged=False))
+
+
 def test_the_best_size_brings_the_most_tokens_a_second() -> None:
     seconds = {n: 1 + 0.05 * n for n in range(100)}
-    assert best_size([[0.0, 0.9, 1.7, 2.3, 2.4]], seconds.__getitem__, 80) == 3
-    assert best_size([[0.0, 0.04]], seconds.__getitem__, 80) == 0
-    assert best_size([[0.0]], seconds.__getitem__, 80) == 0
+    assert best_size([[0.0, 0.9, 1.7, 2.3, 2.4]], seconds, 80) == 3
+    assert best_size([[0.0, 0.04]], seconds, 80) == 0
+    assert best_size([[0.0]], seconds, 80) == 0
+    assert best_size([[float(n) for n in range(81)]], seconds, 12) == 12
     # Only one of four rows has drafts, and all pay for the nodes.
-    assert best_size([[0.0, 0.3, 0.6], [0.0], [0.0], [0.0]], seconds.__getitem__, 80) == 2
-    assert best_size([[0.0, 0.1, 0.15], [0.0], [0.0], [0.0]], seconds.__getitem__, 80) == 0
-    assert best_size([[float(n) for n in range(81)]], seconds.__getitem__, 12) == 12
+    four = {4 * n: seconds for n, seconds in seconds.items()}
+    assert best_size([[0.0, 0.3, 0.6], [0.0], [0.0], [0.0]], four, 80) == 2
+    assert best_size([[0.0, 0.1, 0.15], [0.0], [0.0], [0.0]], four, 80) == 0
+
+
+def test_rows_get_sizes_of_their_own() -> None:
+    seconds = {n: 1 + 0.05 * n for n in range(100)}
+    # A node is worth its place when it comes true more often than 0.05 x (rows + S) / (1 + 0.05 N).
+    sums = [[0.0, 0.9, 1.7, 2.3, 2.35], [0.0, 0.1], [0.0], [0.0, 0.8, 0.9]]
+    assert best_sizes(sums, seconds.__getitem__, 80, ragged=True) == [3, 0, 0, 1]
+    assert best_sizes([[0.0, 0.1], [0.0, 0.1]], seconds.__getitem__, 80, ragged=True) == [0, 0]
+    # As each tree is read along with nodes of its own, it has to bring more.
+    assert best_sizes(sums, seconds.__getitem__, 80, ragged=True, read=lambda n: n and n + 20) == [0, 0, 0, 0]
+    assert max(best_sizes([[float(n) for n in range(60)]], seconds.__getitem__, 12, ragged=True)) == 12
 
 
 def test_a_model_is_measured_once_for_a_batch_size() -> None:

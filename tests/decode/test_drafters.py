@@ -8,8 +8,8 @@ import random
 import pytest
 import torch
 
-from tokenloom.decode.drafters.base import drawn, filled, largest, likeliest
-from tokenloom.decode.drafters.best_first import Beliefs, Grown, best_first
+from tokenloom.decode.drafters.base import Round, drawn, filled, largest, likeliest
+from tokenloom.decode.drafters.best_first import Beliefs, Grown, Limits, best_first
 from tokenloom.decode.drafters.lookup import GroupNGrams, NGramPlaces, PromptLookup
 from tokenloom.decode.drafters.shapes import Chances, Shape
 from tokenloom.decode.drafters.token_recycling import TokenRecycling
@@ -46,45 +46,56 @@ def test_chances_follow_what_came_true() -> None:
 def test_trees_grow_where_the_drafter_believes() -> None:
     """Against all paths of a random table: no other n nodes, each with its parent, have chances of a larger sum."""
     draw = random.Random(0)
+    beliefs = Beliefs()
+    for cell in range(14):
+        for i in range(300):
+            beliefs.note(cell, i % 300 < 20 * cell)
     table = {
-        path: sorted(((t, draw.random() / 3) for t in range(3)), key=lambda x: -x[1])
+        path: ([0, 1, 2], sorted((draw.randrange(14) for _ in range(3)), reverse=True))
         for depth in range(4)
         for path in itertools.product(range(3), repeat=depth)
     }
-    chances = {(): 1.0}
+    chances = {tuple[int, ...](): 1.0}
     for path in sorted(table, key=len):
-        for token, chance in table[path]:
-            chances[*path, token] = chances[path] * chance
+        for token, cell in zip(*table[path], strict=True):
+            chances[*path, token] = chances[path] * beliefs.chance(cell)
     best = sorted((chance for path, chance in chances.items() if path), reverse=True)
     for nodes in (1, 7, 40):
-        grown = best_first(lambda path: table[tuple(path)], nodes=nodes, depth=4)
+        grown = best_first(lambda path: table[tuple(path)], beliefs, Limits(nodes), depth=4)
         assert len(grown.shape) == nodes
         assert grown.sums[1:] == pytest.approx(list(itertools.accumulate(best[:nodes])))
         assert max(grown.shape.depths) <= 4
     # Left open, what is hardly ever read is left out.
-    assert len(best_first(lambda path: table[tuple(path)], nodes=None, depth=4).shape) == sum(b >= 0.02 for b in best)
+    grown = best_first(lambda path: table[tuple(path)], beliefs, Limits(least=0.05), depth=4)
+    assert len(grown.shape) == min(sum(b >= 0.05 for b in best), 48)
 
 
 def test_beliefs_become_what_was_seen() -> None:
     beliefs = Beliefs(2, trust=0.5)
-    assert beliefs.chance(0.95, 0) == pytest.approx(0.5 * 0.97)
+    first, second = beliefs.cell(0.95, 0), beliefs.cell(0.95, 1)
+    assert beliefs.chance(first) == pytest.approx(0.5 * 0.97)
     draw = random.Random(0)
     for _ in range(4000):
-        beliefs.note(0.95, draw.random() < 0.3, 1)
-    assert beliefs.chance(0.95, 1) == pytest.approx(0.3, abs=0.08)  # some 200 of the last ones count: sd 0.03
-    assert beliefs.chance(0.95, 0) == pytest.approx(0.5 * 0.97)
+        beliefs.note(second, draw.random() < 0.3)
+    assert beliefs.chance(second) == pytest.approx(0.3, abs=0.08)  # some 200 of the last ones count: sd 0.03
+    assert beliefs.chance(first) == pytest.approx(0.5 * 0.97)
 
 
 def test_token_recycling_drafts_deep_where_it_was_sure() -> None:
     drafter = TokenRecycling(branches=2)
     drafter.adjacency = torch.tensor([[1, 2], [2, 0], [0, 1], [-1, -1]], dtype=torch.int32)
-    drafter._probs = torch.tensor([[0.97, 0.03], [0.97, 0.03], [0.5, 0.5], [0.0, 0.0]])
-    sure, unsure = drafter.grown([0], "given", 3), drafter.grown([2], "given", 3)
+    rows = torch.full((1, 2, 4), -9.0)
+    rows[0, 0, 1], rows[0, 0, 2] = 4.0, 0.0
+    rows[0, 1, 2], rows[0, 1, 0] = 4.0, 0.0
+    # Token 0 was read before 1, 1 before 2: each time the model was sure.
+    for _ in range(30):
+        drafter.learn([Round(0, [0], DraftTree([1], [ROOT]), [0], 2, [0, 1], None)], rows)
+    sure, unsure = drafter.grown([0], "given", Limits(2)), drafter.grown([2], "given", Limits(2))
     assert sure is not None
     assert unsure is not None
-    assert list(sure.shape.parents) == [ROOT, 0, 1]
-    assert sure.sums[3] > unsure.sums[3]
-    assert drafter.grown([3], "given", 3) == Grown(Shape([], []), [0.0])
+    assert list(sure.shape.parents) == [ROOT, 0]
+    assert sure.sums[2] > unsure.sums[2]
+    assert drafter.grown([3], "given", Limits(3)) == Grown(Shape([], []), [0.0])
 
 
 def test_branching_bounds_a_shape() -> None:

@@ -102,6 +102,28 @@ def test_a_session_on_compiled_layers(name: str, dtype: torch.dtype) -> None:
     assert compiled_in(model) == 0
 
 
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_what_rows_are_filled_up_with_costs_nothing(dtype: torch.dtype) -> None:
+    """Only the nodes that count are computed, with trees of 3, 0 and 1 nodes beside the roots."""
+    served(dtype)
+    model = model_of("qwen3")
+    truth = Truth(model, dtype)
+    with casts(dtype), open_session(model, [[5, 7, 9], [11, 3, 2, 8], [6]]) as session:
+        session.start()
+        assert session.ragged
+        nodes = torch.tensor([[1, 2, 3, 4], [5, 5, 5, 5], [6, 7, 7, 7]])
+        parents = torch.tensor([[ROOT, 0, 0, 2], [ROOT] * 4, [ROOT, 0, ROOT, ROOT]])
+        tried = session.try_nodes(nodes, parents, [4, 1, 2])
+        paths = [[[1], [1, 2], [1, 3], [1, 3, 4]], [[5]], [[6], [6, 7]]]
+        for row, found, own in zip(session.rows, tried, paths, strict=True):
+            for place, path in enumerate(own):
+                assert truth.near(found[place], row + path)
+            assert not found[len(own) :].any()
+        session.accept([[0, 2], [0], [0, 1]])
+        for found, ids in zip(session.step(torch.tensor([20, 21, 22])), session.rows, strict=True):
+            assert truth.near(found, ids)
+
+
 def test_more_than_a_chunk_of_tokens_at_once() -> None:
     """The rows of a product are taken in parts once they exceed 256 KB: 1,024 tokens of width 64."""
     model = model_of("llama", max_position_embeddings=2048)

@@ -1,14 +1,18 @@
-"""How long a forward over 1 + n nodes a row takes, measured, and how many nodes are worth it.
+"""How long a forward over N nodes besides the last token of each row takes, measured, and how many are worth it.
 
-A round over drafts of n nodes takes t(n) seconds and is expected to bring B + S(n) tokens for B rows; the n with the
-most tokens a second is drafted. t is measured on the model's own session when a batch of that size first occurs, kept
-as long as the model, and then follows the rounds themselves: drafting, verification and longer texts included.
+A round over drafts of N nodes takes t(N) seconds and is expected to bring B + S(N) tokens for B rows; the N with the
+most tokens a second is drafted. Where rows may have trees of their own sizes the likeliest nodes of all rows come
+first; else every row pays for the largest tree. t is measured on the model's own session when a batch of that size
+first occurs, kept as long as the model, and then follows the rounds themselves: drafting, verification and longer texts
+included.
 """
 
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -16,8 +20,8 @@ import torch
 
 from tokenloom.decode.session import ROOT, Session
 
-SIZES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80)
-"""Nodes besides the root that a tree may have."""
+SIZES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 112, 160, 224, 320, 448, 640)
+"""Numbers of nodes that are thought of."""
 _PROBED = (0, 1, 3, 7, 15, 31, 63)
 _REPEATS = 2
 _DEAR = 3.0
@@ -29,15 +33,16 @@ _WORTH = 1.03
 
 
 class CostCurve:
-    """Seconds of a round by number of nodes, from `probes` of forwards, which must begin with 0 nodes.
+    """Seconds of a round of `rows` rows by number of nodes, from `probes` of forwards, which must begin with 0 nodes.
 
     Raises:
         ValueError: without a probe of 0 nodes.
     """
 
-    def __init__(self, probes: dict[int, float]) -> None:
+    def __init__(self, probes: dict[int, float], *, rows: int = 1) -> None:
         if 0 not in probes:
             raise ValueError("a cost curve begins with the time of a step without drafts; measure 0 nodes too")
+        self.rows = rows
         self._sizes = sorted(probes)
         # More nodes never take less time; where they seemed to, the machine was busy with something else.
         least = float("inf")
@@ -46,40 +51,47 @@ class CostCurve:
             least = min(least, probes[size])
             kept.append(least)
         self._forwards = kept[::-1]
-        self._rounds: dict[int, float] = {}
         self._beside = 0.0
+        self._besides: dict[int, float] = {}  # by place in SIZES
 
-    def for_fewer(self, share: float) -> CostCurve:
-        """The curve of a batch of this share of the rows: a forward takes what one over as many tokens did."""
-        return CostCurve({nodes: self.forward(max(share * (1 + nodes) - 1, 0.0)) for nodes in _PROBED})
+    def for_fewer(self, rows: int) -> CostCurve:
+        """The curve of a batch of fewer rows: a forward takes what one over as many tokens did."""
+        sizes = [rows * nodes for nodes in _PROBED]
+        return CostCurve({n: self.forward(max(rows + n - self.rows, 0)) for n in sizes}, rows=rows)
 
     def forward(self, nodes: float) -> float:
-        """Seconds of a forward over so many nodes besides the root."""
+        """Seconds of a forward over so many nodes besides the roots."""
         if len(self._sizes) == 1:
-            return self._forwards[0] * (1 + nodes)
+            return self._forwards[0] * (1 + nodes / self.rows)
         at = 1
         while at < len(self._sizes) - 1 and self._sizes[at] < nodes:
             at += 1
         (x0, x1), (y0, y1) = self._sizes[at - 1 : at + 1], self._forwards[at - 1 : at + 1]
         return y0 + (y1 - y0) * (nodes - x0) / (x1 - x0)
 
+    @property
+    def price(self) -> float:
+        """Of a node among the first few, in tokens that a step without drafts would have brought in the time."""
+        return (self.forward(8) - self.forward(0)) / 8 * self.rows / self.forward(0)
+
     def seconds(self, nodes: int) -> float:
         """Seconds of a whole round."""
-        found = self._rounds.get(nodes)
-        if found is not None:
-            return found
-        return self.forward(nodes) + (self._beside if nodes else 0.0)
+        return self.forward(nodes) + self._besides.get(_place(nodes), self._beside if nodes else 0.0)
 
     def knows(self, nodes: int) -> bool:
-        """Whether rounds of so many nodes were timed."""
-        return nodes in self._rounds
+        """Whether rounds of about so many nodes were timed."""
+        return _place(nodes) in self._besides
 
     def note(self, nodes: int, seconds: float) -> None:
         """A round took so long."""
+        held = self.seconds(nodes)
         if nodes:
             self._beside = _followed(self._beside, max(seconds - self.forward(nodes), 0.0), self.forward(0))
-        held = self.seconds(nodes)
-        self._rounds[nodes] = _followed(held, seconds, held)
+        self._besides[_place(nodes)] = _followed(held, seconds, held) - self.forward(nodes)
+
+
+def _place(nodes: int) -> int:
+    return bisect_left(SIZES, nodes)
 
 
 def _followed(held: float, seen: float, most: float) -> float:
@@ -91,22 +103,50 @@ def _followed(held: float, seen: float, most: float) -> float:
     return held + weight * min(seen - held, most)
 
 
-def best_size(sums: Sequence[Sequence[float]], seconds: Callable[[int], float], most: int) -> int:
-    """The number of nodes of `SIZES`, up to `most`, with the most tokens a second.
+def best_sizes(
+    sums: Sequence[Sequence[float]],
+    seconds: Callable[[int], float],
+    most: int,
+    *,
+    ragged: bool,
+    read: Callable[[int], int] = lambda n: n,
+) -> list[int]:
+    """The number of nodes of each row, up to `most`, with the most tokens a second of all; 0 when none are worth it.
 
-    `sums[r][n]` is how many drafts of row r are expected to be accepted from n nodes; a row with fewer nodes stays
-    at its last sum.
+    `sums[r][n]` is how many drafts of row r are expected to be accepted from its best n nodes; it grows ever more
+    slowly, and a row with fewer nodes stays at its last sum. `read(n)` are the nodes to read for a tree of n, and
+    `seconds(N)` a round takes that reads N of all rows. `ragged`: rows have sizes of their own.
     """
     rows = len(sums)
-    plain = rows / seconds(0)
-    best, nodes = plain * _WORTH, 0
-    for size in SIZES[1:]:
-        if size > most:
-            break
-        speed = (rows + sum(s[min(size, len(s) - 1)] for s in sums)) / seconds(size)
+    choices = _own_sizes(sums, most) if ragged else _common_sizes(sums, most)
+    best, chosen = rows / seconds(0) * _WORTH, [0] * rows
+    for brought, sizes in choices:
+        nodes = sum(map(read, sizes)) if ragged else rows * read(max(sizes))
+        speed = (rows + brought) / seconds(nodes)
         if speed > best:
-            best, nodes = speed, size
-    return nodes
+            best, chosen = speed, sizes
+    return chosen
+
+
+def _own_sizes(sums: Sequence[Sequence[float]], most: int) -> list[tuple[float, list[int]]]:
+    """For each number of nodes in all, what the likeliest ones bring, and how many of each row these are."""
+    gains = [(s[n] - s[n - 1], -row) for row, s in enumerate(sums) for n in range(1, min(len(s), most + 1))]
+    gains.sort(reverse=True)
+    brought = list(accumulate((gain for gain, _ in gains), initial=0.0))
+    choices = []
+    sizes, at = [0] * len(sums), 0
+    for total in (*(size for size in SIZES[1:] if size < len(gains)), len(gains)):
+        for _, row in gains[at:total]:
+            sizes[-row] += 1
+        at = total
+        choices.append((brought[total], list(sizes)))
+    return choices
+
+
+def _common_sizes(sums: Sequence[Sequence[float]], most: int) -> list[tuple[float, list[int]]]:
+    """For each number of nodes a row, what they bring in all."""
+    sizes = [size for size in SIZES[1:] if size <= most]
+    return [(sum(s[min(size, len(s) - 1)] for s in sums), [size] * len(sums)) for size in sizes]
 
 
 _curves: WeakKeyDictionary[Any, dict[tuple[Any, ...], CostCurve]] = WeakKeyDictionary()
@@ -142,10 +182,10 @@ def measure(session: Session, device: torch.device) -> CostCurve:
             started = _now(device)
             session.try_nodes(ids, parents)
             times.append(_now(device) - started)
-        probes[nodes] = min(times)
-        if probes[nodes] > _DEAR * probes[0]:
+        probes[nodes * len(last)] = min(times)
+        if min(times) > _DEAR * probes[0]:
             break
-    return CostCurve(probes)
+    return CostCurve(probes, rows=len(last))
 
 
 def _now(device: torch.device) -> float:

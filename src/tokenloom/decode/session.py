@@ -46,10 +46,14 @@ class Session(Protocol):
         """Commit any number of tokens per row, one at least; scores [B, V] of what follows the last of each."""
         ...
 
-    def try_nodes(self, tokens: Tensor, parents: Tensor) -> Tensor:
+    ragged: bool
+    """Whether what a row is filled up with costs nothing."""
+
+    def try_nodes(self, tokens: Tensor, parents: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """Scores [B, n, V] after each of `tokens` [B, n], whose parents [B, n] are earlier nodes of the row or `ROOT`.
 
-        Nothing is committed. Rows with fewer nodes are filled up with anything, such as copies of a node.
+        Nothing is committed. Rows with fewer nodes are filled up with anything, such as copies of a node; `counts` says
+        how many count, and the scores of others are anything.
         """
         ...
 
@@ -85,7 +89,7 @@ class ModelSession:
         self.device = next(base_model(model).parameters()).device
         self._place = Place()
         lean = lean or Lean()
-        self._block = block_of(self.device, lean)
+        self.ragged, self._block = lean.compiled, block_of(self.device, lean)
         dtype = next(base_model(model).parameters()).dtype
         if torch.is_autocast_enabled(self.device.type):
             dtype = torch.get_autocast_dtype(self.device.type)
@@ -153,16 +157,16 @@ class ModelSession:
             raise ValueError(f"extend takes at least one token for each of the {len(self.rows)} rows")
         ids = self._filled(tokens)
         ragged = int(counts.min()) != ids.shape[1]
-        scores = self._forward(ids, None, last=ids.shape[1] if ragged else 1)
+        scores = self._forward(ids, None, last=ids.shape[1] if ragged else 1, counts=counts.tolist())
         for row, new in zip(self.rows, tokens, strict=True):
             row.extend(int(t) for t in new)
         self._lengths = self._lengths + counts
         return scores[torch.arange(len(scores), device=self.device), counts - 1 if ragged else 0]
 
-    def try_nodes(self, tokens: Tensor, parents: Tensor) -> Tensor:
+    def try_nodes(self, tokens: Tensor, parents: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """See `Session`."""
         self._tried = tokens.to(self.device)
-        return self._forward(self._tried, parents, last=tokens.shape[1])
+        return self._forward(self._tried, parents, last=tokens.shape[1], counts=counts)
 
     def accept(self, paths: Sequence[Sequence[int]]) -> None:
         """See `Session`."""
@@ -205,7 +209,13 @@ class ModelSession:
         return torch.tensor([[*t, *([0] * (width - len(t)))] for t in tokens], device=self.device)
 
     def _forward(
-        self, tokens: Tensor | None, parents: Tensor | None, *, last: int, embeddings: Tensor | None = None
+        self,
+        tokens: Tensor | None,
+        parents: Tensor | None,
+        *,
+        last: int,
+        embeddings: Tensor | None = None,
+        counts: Sequence[int] | None = None,
     ) -> Tensor:
         """Scores [B, last, V] after the last of the new tokens (or embeddings [B, n, D]) of each row."""
         given = tokens if tokens is not None else embeddings
@@ -217,6 +227,8 @@ class ModelSession:
         self._place.row = 0
         self._place.columns = int(self._lengths[0]) if together else columns
         self._place.length = n + int(self._lengths.max())
+        whole = counts is None or min(counts) == n
+        self._place.counts = None if whole else torch.tensor(counts, device=self.device)
         self._reached = max(self._reached, columns_for(self._place.length, self._block))
         positions = self._lengths[:, None] + depths
         masks = self._masks(positions, columns, seen)

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenloom.decode.cost import CostCurve, best_size, curve_for
+from tokenloom.decode.cost import CostCurve, best_sizes, curve_for
 from tokenloom.decode.drafters.base import EMPTY, NOTHING, Ask, Drafter, Drawing, Round, likeliest
-from tokenloom.decode.drafters.best_first import Grown
+from tokenloom.decode.drafters.best_first import Grown, Limits
 from tokenloom.decode.drafters.shapes import Chances, Shape
 from tokenloom.decode.registry import build, decoder
 from tokenloom.decode.run import Loop, Run
@@ -96,67 +96,75 @@ class _Sizes:
         self, run: Run, session: Session, drafter: Drafter, chances: Chances, fixed: Shape | None, nodes: int | None
     ) -> None:
         self._run, self._session, self._drafter, self._chances = run, session, drafter, chances
-        self._fixed, self.nodes = fixed, nodes
+        self._fixed, self._nodes = fixed, nodes
         self._pause, self._waited, self._drafted = _PAUSES[0], 0, 0
         self._curve: CostCurve | None = None
         self._measured = 0
         self._keys: list[int | None] = []
         self._grown: list[Grown | None] = []
-        self._size = 0
+
+    @property
+    def limits(self) -> Limits:
+        """Of trees that grow by themselves."""
+        return Limits(self._nodes, 0.0 if self._curve is None else 0.5 * self._curve.price)
 
     def shapes(self, keys: list[int | None], grown: list[Grown | None], rooms: Sequence[int]) -> list[Shape]:
         """For rows whose drafts have `keys`, or were `grown`, and that can still take `rooms` tokens of them."""
-        self._keys, self._grown = keys, grown
-        ready = [key is not None and room > 0 for key, room in zip(keys, rooms, strict=True)]
-        self._size = self._decided() if any(ready) else 0
-        if not self._size:
+        self._keys = [key if room > 0 else None for key, room in zip(keys, rooms, strict=True)]
+        self._grown = grown
+        if all(key is None for key in self._keys):
             return [NOTHING] * len(keys)
+        sizes = self._decided()
         return [
-            self._shape(key, own, room) if key is not None and room > 0 else NOTHING
-            for key, own, room in zip(keys, grown, rooms, strict=True)
+            NOTHING if key is None or not size else self._shape(key, own, size, room)
+            for key, own, size, room in zip(self._keys, grown, sizes, rooms, strict=True)
         ]
 
-    def _shape(self, key: int, grown: Grown | None, room: int) -> Shape:
+    def _shape(self, key: int, grown: Grown | None, size: int, room: int) -> Shape:
         if self._fixed is not None:
             return self._fixed.cut(room)
         if grown is not None:
-            return grown.shape.first(self._size).cut(room)
-        return self._chances.shape(key, self._size, room)
+            return grown.shape.first(size).cut(room)
+        return self._chances.shape(key, size, room)
 
     def _sums(self, key: int | None, grown: Grown | None) -> list[float]:
         if key is None:
             return [0.0]
         return self._chances.sums(key) if grown is None else grown.sums
 
-    def _decided(self) -> int:
+    def _decided(self) -> list[int]:
+        """The number of nodes of each row."""
+        rows = len(self._keys)
         if self._fixed is not None:
-            return len(self._fixed)
-        if self.nodes is not None:
-            return self.nodes
+            return [len(self._fixed)] * rows
+        if self._nodes is not None:
+            return [self._nodes] * rows
         curve = self._current_curve()
         if not curve.knows(0) or self._drafted >= _PLAIN_EVERY:
             self._drafted = 0
-            return 0
+            return [0] * rows
         sums = [self._sums(key, grown) for key, grown in zip(self._keys, self._grown, strict=True)]
-        size = best_size(sums, lambda n: curve.seconds(n + self._drafter.probed(n)), _MOST)
-        if size:
+        read = lambda n: n + self._drafter.probed(n)  # noqa: E731  # a name for the next line
+        sizes = best_sizes(sums, curve.seconds, _MOST, ragged=self._session.ragged, read=read)
+        if any(sizes):
             self._pause, self._waited = _PAUSES[0], 0
             self._drafted += 1
-            return size
+            return sizes
         # What is never drafted is never found to come true.
         self._waited += 1
         if self._waited < self._pause:
-            return 0
+            return sizes
         self._pause, self._waited = min(2 * self._pause, _PAUSES[1]), 0
-        return _TRIED
+        return [_TRIED] * rows
 
     def _current_curve(self) -> CostCurve:
-        size = (len(self._session.rows) - 1).bit_length()
+        rows = len(self._session.rows)
+        size = (rows - 1).bit_length()
         if self._curve is None:
             self._curve = curve_for(self._run.model, self._session, self._device)
         elif size != self._measured:
             # Rows have ended; to measure again would take longer than the rest does.
-            self._curve = self._curve.for_fewer(2.0 ** (size - self._measured))
+            self._curve = self._curve.for_fewer(rows)
         self._measured = size
         return self._curve
 
@@ -164,16 +172,13 @@ class _Sizes:
     def _device(self) -> torch.device:
         return self._run.input_ids.device
 
-    def note(self, rounds: Sequence[Round], seconds: float) -> None:
-        """What became of the drafts, and how long the round took."""
+    def note(self, rounds: Sequence[Round], nodes: int, seconds: float) -> None:
+        """What became of the drafts, and how long the round took that read so many nodes besides the roots."""
         for done, key, grown in zip(rounds, self._keys, self._grown, strict=True):
             if key is not None and grown is None and len(done.tree):
                 self._chances.note(key, done.tree, done.path)
         if self._curve is not None and (len(rounds) - 1).bit_length() == self._measured:
-            # Whole trees only: smaller ones say nothing of what the size costs.
-            whole = max(len(done.tree) for done in rounds) >= self._size
-            if whole:
-                self._curve.note(self._size + self._drafter.probed(self._size), seconds)
+            self._curve.note(nodes, seconds)
 
 
 @dataclass
@@ -239,15 +244,15 @@ class _Batch:
             if asks is None:
                 roots = torch.tensor([self.texts[row][-1] for row in self.live])
                 scores = self._counted(self.session.step(roots))[:, None]
-                self._finish(self._chosen(scores), scores, started)
+                self._finish(self._chosen(scores), scores, 0, started)
                 continue
             trees = self.drafter.draft(asks)
             read = [_distinct(tree) for tree in trees]
             probes = [self.drafter.probes(ask, tree) for ask, tree in zip(asks, trees, strict=True)]
-            scores = self._tried(read, probes)
+            scores, nodes = self._tried(read, probes)
             rounds = self._verified(trees, [places for _, _, places in read], scores)
             self.session.accept([done.at for done in rounds])
-            self._finish(rounds, scores, started)
+            self._finish(rounds, scores, nodes, started)
         return self.generated
 
     def _asks(self) -> list[Ask] | None:
@@ -255,8 +260,9 @@ class _Batch:
         keys = [self.drafter.key(row, self.texts[row]) for row in self.live]
         # One token more comes with every path.
         rooms = [self.run.limit - len(self.generated[row]) - 1 for row in self.live]
+        limits = self.sizes.limits
         grown = [
-            None if key is None else self.drafter.grown(self.texts[row], self.drawing, self.sizes.nodes)
+            None if key is None else self.drafter.grown(self.texts[row], self.drawing, limits)
             for row, key in zip(self.live, keys, strict=True)
         ]
         shapes = self.sizes.shapes(keys, grown, rooms)
@@ -267,8 +273,8 @@ class _Batch:
             for row, shape in zip(self.live, shapes, strict=True)
         ]
 
-    def _tried(self, read: Sequence[_Distinct], probes: Sequence[tuple[list[int], list[int]]]) -> Tensor:
-        """Scores [B, n, V] behind the last token of each row and all that is read behind it."""
+    def _tried(self, read: Sequence[_Distinct], probes: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, int]:
+        """Scores [B, n, V] behind the last token of each row and all that is read behind it, and for how many nodes."""
         n = 1 + max(len(tokens) + len(extra) for (tokens, _, _), (extra, _) in zip(read, probes, strict=True))
         ids, above = [], []
         for row, (tokens, parents, places), (extra, hang) in zip(self.live, read, probes, strict=True):
@@ -277,7 +283,9 @@ class _Batch:
             ids.append([root, *tokens, *extra, *[root] * fill])
             hanging = [_place(parent, places, len(tokens)) for parent in hang]
             above.append([ROOT, *(parent + 1 for parent in parents), *hanging, *[ROOT] * fill])
-        return self._counted(self.session.try_nodes(torch.tensor(ids), torch.tensor(above)))
+        counts = [1 + len(tokens) + len(extra) for (tokens, _, _), (extra, _) in zip(read, probes, strict=True)]
+        scores = self._counted(self.session.try_nodes(torch.tensor(ids), torch.tensor(above), counts))
+        return scores, (sum(counts) if self.session.ragged else n * len(counts)) - len(counts)
 
     def _counted(self, scores: Tensor) -> Tensor:
         self.run.counts["forwards"] += 1
@@ -321,7 +329,7 @@ class _Batch:
             rounds.append(Round(row, self.texts[row], tree, path, bonus, [0, *(at[node] for node in path)], shaped))
         return rounds
 
-    def _finish(self, rounds: Sequence[Round], scores: Tensor, started: float | None = None) -> None:
+    def _finish(self, rounds: Sequence[Round], scores: Tensor, nodes: int = 0, started: float | None = None) -> None:
         """Learn from the round, write its tokens down, and let rows go that have ended."""
         run = self.run
         self.drafter.learn(rounds, scores)
@@ -339,7 +347,7 @@ class _Batch:
                 running.append(place)
         run.counts["rounds"] += any(len(done.tree) for done in rounds)
         if started is not None:
-            self.sizes.note(rounds, time.perf_counter() - started)
+            self.sizes.note(rounds, nodes, time.perf_counter() - started)
         if len(running) < len(rounds):
             self.live = [self.live[place] for place in running]
             if running:

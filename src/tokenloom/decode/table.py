@@ -96,6 +96,8 @@ def strings(vocab: int, length: int) -> list[tuple[int, ...]]:
 class TableSession:
     """`session.Session` over a table; `model.calls` counts its forwards."""
 
+    ragged = True
+
     def __init__(self, model: TableLM, prompts: Sequence[Sequence[int]]) -> None:
         self._model = model
         self.rows = [list(p) for p in prompts]
@@ -115,7 +117,7 @@ class TableSession:
             row.extend(int(t) for t in new)
         return self._scores(self.rows)
 
-    def try_nodes(self, tokens: Tensor, parents: Tensor) -> Tensor:
+    def try_nodes(self, tokens: Tensor, parents: Tensor, counts: Sequence[int] | None = None) -> Tensor:
         """See `Session`."""
         self._tried = []
         scores = []

@@ -37,8 +37,10 @@ class Place:
     row: int = 0
     columns: int | Tensor = 0
     length: int = 0
+    counts: Tensor | None = None
+    """How many of its new tokens count, [B]; behind them stands anything."""
     made: Any = None
-    """What the first layer of a forward made of it for the others."""
+    """What the first layer of a forward made of it, its mask and its angles for the others."""
 
 
 def new_masked_cache(

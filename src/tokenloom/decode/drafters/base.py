@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tokenloom.decode.drafters.best_first import Grown
+from tokenloom.decode.drafters.best_first import Grown, Limits
 from tokenloom.decode.drafters.shapes import NOTHING, Shape
 from tokenloom.decode.run import Run
 from tokenloom.draw import Draw
@@ -81,11 +81,8 @@ class Drafter:
         """The class of chances of drafts behind `text`; None: there are none."""
         return 0
 
-    def grown(self, text: list[int], drawing: Drawing, nodes: int | None) -> Grown | None:
-        """The shape of `nodes` nodes (None: of any size) that is likeliest to come true behind `text`.
-
-        None: that follows from the class of chances.
-        """
+    def grown(self, text: list[int], drawing: Drawing, limits: Limits) -> Grown | None:
+        """The shape that is likeliest to come true behind `text`; None: that follows from the class of chances."""
         return None
 
     def draft(self, asks: Sequence[Ask]) -> list[DraftTree]:

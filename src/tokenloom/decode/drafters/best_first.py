@@ -21,8 +21,7 @@ _STRENGTH = 6.0
 """Observations that the first guess is worth."""
 _MEMORY = 0.995
 _MOST = 48
-_LEAST = 0.02
-"""Nodes of a tree whose size is left open, and the chance of a node below which it is never worth reading."""
+"""Nodes of a tree whose size is left open."""
 
 
 class Beliefs:
@@ -35,14 +34,16 @@ class Beliefs:
         self._true = [_STRENGTH * guess for guess in guesses]
         self._offered = [_STRENGTH] * len(guesses)
 
-    def chance(self, p: float, kind: int = 0) -> float:
+    def cell(self, p: float, kind: int = 0) -> int:
+        """The class of tokens that had about this probability."""
+        return kind * (len(_EDGES) + 1) + bisect_right(_EDGES, p)
+
+    def chance(self, cell: int) -> float:
         """Of a token below an accepted node."""
-        cell = kind * (len(_EDGES) + 1) + bisect_right(_EDGES, p)
         return self._true[cell] / self._offered[cell]
 
-    def note(self, p: float, came_true: bool, kind: int = 0) -> None:
+    def note(self, cell: int, came_true: bool) -> None:
         """A token below an accepted node did or did not come true."""
-        cell = kind * (len(_EDGES) + 1) + bisect_right(_EDGES, p)
         self._true[cell] = self._true[cell] * _MEMORY + came_true
         self._offered[cell] = self._offered[cell] * _MEMORY + 1
 
@@ -55,19 +56,31 @@ class Grown:
     sums: list[float]
 
 
-Followers = Callable[[list[int]], Sequence[tuple[int, float]]]
-"""From the tokens of a path to those below it, best first, with their chances."""
+Followers = Callable[[list[int]], tuple[Sequence[int], Sequence[int]]]
+"""From the tokens of a path to those below it, best first, and their cells in `Beliefs`."""
 
 
-def best_first(followers: Followers, *, nodes: int | None, depth: int) -> Grown:
-    """The tree of `nodes` nodes, as far as there are tokens; None: of those that may be worth reading."""
-    most, least = (_MOST, _LEAST) if nodes is None else (nodes, 0.0)
+@dataclass(frozen=True)
+class Limits:
+    """Of a tree: its size if that is settled, and the chance of a node below which reading it is never worth while."""
+
+    nodes: int | None = None
+    least: float = 0.0
+
+
+def best_first(followers: Followers, beliefs: Beliefs, limits: Limits, *, depth: int) -> Grown:
+    """The likeliest nodes, as far as there are tokens and `limits` let them in."""
+    most, least = (_MOST, limits.least) if limits.nodes is None else (limits.nodes, 0.0)
     parents, ranks, sums = list[int](), list[int](), [0.0]
-    waiting: list[tuple[float, int, int, float, list[int], Sequence[tuple[int, float]]]] = []
+    waiting: list[tuple[float, int, int, float, list[int], tuple[Sequence[int], Sequence[int]]]] = []
 
-    def offer(parent: int, rank: int, above: float, path: list[int], below: Sequence[tuple[int, float]]) -> None:
-        if rank < len(below) and above * below[rank][1] >= least:
-            heapq.heappush(waiting, (-above * below[rank][1], parent, rank, above, path, below))
+    def offer(
+        parent: int, rank: int, above: float, path: list[int], below: tuple[Sequence[int], Sequence[int]]
+    ) -> None:
+        if rank < len(below[0]):
+            chance = above * beliefs.chance(below[1][rank])
+            if chance >= least:
+                heapq.heappush(waiting, (-chance, parent, rank, above, path, below))
 
     offer(ROOT, 0, 1.0, [], followers([]))
     while waiting and len(parents) < most:
@@ -78,6 +91,6 @@ def best_first(followers: Followers, *, nodes: int | None, depth: int) -> Grown:
         sums.append(sums[-1] - negative)
         offer(parent, rank + 1, above, path, below)
         if len(path) + 1 < depth:
-            longer = [*path, below[rank][0]]
+            longer = [*path, below[0][rank]]
             offer(node, 0, -negative, longer, followers(longer))
     return Grown(Shape(parents, ranks), sums)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenloom.decode.drafters.base import Ask, Drafter, Drawing, Round, drawn, filled, largest
-from tokenloom.decode.drafters.best_first import Beliefs, Grown, best_first
+from tokenloom.decode.drafters.best_first import Beliefs, Grown, Limits, best_first
 from tokenloom.decode.registry import decoder
 from tokenloom.decode.shapers import wide
 from tokenloom.methods.decoding.draft_tree import ROOT, DraftTree, SparseLaw
@@ -48,19 +48,19 @@ class Stand(Drafter):
             return None
         return (n - 1) * (len(_SURE) + 1) + bisect_right(_SURE, found[1][0])
 
-    def grown(self, text: list[int], drawing: Drawing, nodes: int | None) -> Grown | None:
+    def grown(self, text: list[int], drawing: Drawing, limits: Limits) -> Grown | None:
         """See `Drafter`; drawn tokens are not known before their number is."""
         if drawing != "given":
             return None
         end = text[-self._longest :]
+        return best_first(lambda path: self._below([*end, *path]), self._beliefs, limits, depth=self.depth)
 
-        def below(path: list[int]) -> list[tuple[int, float]]:
-            n, found = stand(self.table, [*end, *path][-self._longest :])
-            if found is None:
-                return []
-            return [(token, self._beliefs.chance(p, n - 1)) for token, p in zip(*found, strict=True)]
-
-        return best_first(below, nodes=nodes, depth=self.depth)
+    def _below(self, context: list[int]) -> tuple[Sequence[int], Sequence[int]]:
+        """What followed `context`, and the cells of its chances to follow again."""
+        n, found = stand(self.table, context[-self._longest :])
+        if found is None:
+            return (), ()
+        return found[0], [self._beliefs.cell(p, n - 1) for p in found[1]]
 
     def draft(self, asks: Sequence[Ask]) -> list[DraftTree]:
         """See `Drafter`."""
@@ -109,9 +109,8 @@ class Stand(Drafter):
             if node != ROOT:
                 context.append(done.tree.tokens[node])
             children = done.tree.children.get(node)
-            n, found = stand(self.table, context[-self._longest :]) if children else (0, None)
-            if found is None:
+            if not children:
                 continue
-            probs = dict(zip(*found, strict=True))
-            for child in children or ():
-                self._beliefs.note(probs[done.tree.tokens[child]], child in taken, n - 1)
+            cells = dict(zip(*self._below(context), strict=True))
+            for child in children:
+                self._beliefs.note(cells[done.tree.tokens[child]], child in taken)

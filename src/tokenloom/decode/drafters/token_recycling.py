@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenloom.decode.drafters.base import EMPTY, Ask, Drafter, Drawing, Round, largest, vocabulary_of
-from tokenloom.decode.drafters.best_first import Beliefs, Grown, best_first
+from tokenloom.decode.drafters.best_first import Beliefs, Grown, Limits, best_first
 from tokenloom.decode.drafters.shapes import Shape
 from tokenloom.decode.registry import decoder
 from tokenloom.decode.run import Run
@@ -37,8 +37,9 @@ class TokenRecycling(Drafter):
         self.branching = (branches, branches)
         self.fixed = Shape(*TEMPLATE).first(len(TEMPLATE[0])) if template == "paper" else None
         self.adjacency = empty_adjacency(0, branches=branches)
-        self._probs = torch.zeros(0, branches)  # [V, k], among the k
         self._beliefs = Beliefs()
+        # Rows of the matrix as lists, with the cells of what each follower's probability was among them.
+        self._known: dict[int, tuple[list[int], list[int]]] = {}
 
     @contextmanager
     def open(self, run: Run) -> Iterator[None]:
@@ -46,25 +47,27 @@ class TokenRecycling(Drafter):
         vocab = vocabulary_of(run.model)
         if len(self.adjacency) != vocab:
             self.adjacency = empty_adjacency(vocab, branches=min(self._branches, vocab))
-        if self._probs.shape != self.adjacency.shape:
-            self._probs = torch.full(self.adjacency.shape, 1 / self.adjacency.shape[1])
+            self._known = {}
         yield
 
     def key(self, row: int, text: list[int]) -> int | None:
         """See `Drafter`."""
         return None if int(self.adjacency[text[-1], 0]) == NONE else 0
 
-    def grown(self, text: list[int], drawing: Drawing, nodes: int | None) -> Grown | None:
+    def grown(self, text: list[int], drawing: Drawing, limits: Limits) -> Grown | None:
         """See `Drafter`."""
         if self.fixed is not None:
             return None
         root = text[-1]
-        return best_first(lambda path: self._below(path[-1] if path else root), nodes=nodes, depth=self.depth)
+        return best_first(lambda path: self._below(path[-1] if path else root), self._beliefs, limits, depth=self.depth)
 
-    def _below(self, token: int) -> list[tuple[int, float]]:
-        """What followed `token`, with the chances that it will again."""
-        known = zip(self.adjacency[token].tolist(), self._probs[token].tolist(), strict=True)
-        return [(follower, self._beliefs.chance(p)) for follower, p in known if follower != NONE]
+    def _below(self, token: int) -> tuple[list[int], list[int]]:
+        """What followed `token`, and the cells of its chances to follow again."""
+        known = self._known.get(token)
+        if known is None:
+            ids = [follower for follower in self.adjacency[token].tolist() if follower != NONE]
+            known = self._known[token] = ids, [self._beliefs.cell(1 / max(len(ids), 1))] * len(ids)
+        return known
 
     def draft(self, asks: Sequence[Ask]) -> list[DraftTree]:
         """See `Drafter`."""
@@ -88,9 +91,10 @@ class TokenRecycling(Drafter):
         if len(places) < len(flat):
             at = torch.tensor(places, device=followers.device)
             values, followers = values[at], followers[at]
-        ids = torch.tensor(read)
-        update(self.adjacency, ids, followers)
-        update(self._probs, ids, values.float().softmax(-1))
+        update(self.adjacency, torch.tensor(read), followers)
+        cell = self._beliefs.cell
+        for token, ids, probs in zip(read, followers.tolist(), values.float().softmax(-1).tolist(), strict=True):
+            self._known[token] = ids, [cell(p) for p in probs]
 
     def _judge(self, done: Round) -> None:
         """What came true of a tree that the matrix gave."""
@@ -99,7 +103,6 @@ class TokenRecycling(Drafter):
             children = done.tree.children.get(node)
             if not children:
                 continue
-            token = done.text[-1] if node == ROOT else done.tree.tokens[node]
-            probs = dict(zip(self.adjacency[token].tolist(), self._probs[token].tolist(), strict=True))
+            cells = dict(zip(*self._below(done.text[-1] if node == ROOT else done.tree.tokens[node]), strict=True))
             for child in children:
-                self._beliefs.note(probs[done.tree.tokens[child]], child in taken)
+                self._beliefs.note(cells[done.tree.tokens[child]], child in taken)

@@ -6,8 +6,8 @@
 //
 // T is the format of weights, of what goes into products, and of the cache.
 //
-// Letters: M rows (tokens), K inputs, N outputs, B sequences of n tokens each (M = B n), H query heads, G key/value
-// heads, D head size, S columns of the cache, of which U are in use.
+// Letters: M rows (tokens), K inputs, N outputs, B sequences of up to n tokens each, H query heads, G key/value heads,
+// D head size, S columns of the cache, of which U are in use.
 
 #include <immintrin.h>
 #include <math.h>
@@ -234,13 +234,13 @@ inline void rms_norm(const float* x, const float* weight, float eps, int64_t K, 
 }
 
 template <class T>
-void normed_rows(const float* x, int64_t M, int64_t K, const float* weight, float eps, T* out) {
+void normed_rows(const float* x, const int64_t* at, int64_t M, int64_t K, const float* weight, float eps, T* out) {
   thread_local std::vector<float> row;
   row.resize(K);
   int64_t first, last;
   share(M, &first, &last);
   for (int64_t m = first; m < last; ++m) {
-    rms_norm(x + m * K, weight, eps, K, row.data());
+    rms_norm(x + at[m] * K, weight, eps, K, row.data());
     for (int64_t k = 0; k < K; k += 16) store(out + m * K + k, _mm512_loadu_ps(row.data() + k));
   }
 }
@@ -348,26 +348,29 @@ struct Step {
   const float *cos, *sin;                             // [B or 1, n, D]
   const void* mask;                                   // T [B or 1, n or 1, S], added to the scores
   const int64_t* places;                              // [B, n]: columns of the new tokens
+  const int64_t* starts;                              // [B + 1]: tokens that count, of the sequences before each
+  const int64_t* at;                                  // [M]: where the tokens that count stand among the B n
   int64_t angles_by_row, mask_by_row, mask_by_token;  // 0 where all rows, or tokens, have the same
 };
 
-// out [M, N] float32 = x [M, K] times the weight's transpose.
+// Rows at[m] of out [., N], float32 = x [M, K] times the weight's transpose.
 template <class T>
-void linear(const T* x, int64_t M, int64_t K, int64_t N, const Weight& weight, float* out, int64_t threads) {
+void linear(
+    const T* x, const int64_t* at, int64_t M, int64_t K, int64_t N, const Weight& weight, float* out, int64_t threads) {
 #pragma omp parallel num_threads(threads)
   products(x, M, K, N, weight, [&](int64_t m, int64_t p, __m512* sum) {
     for (int half = 0; half < 2; ++half) {
       const int64_t n = p * kPanel + 16 * half;
-      if (n < N) _mm512_mask_storeu_ps(out + m * N + n, N - n < 16 ? (1u << (N - n)) - 1 : 0xffff, sum[half]);
+      if (n < N) _mm512_mask_storeu_ps(out + at[m] * N + n, N - n < 16 ? (1u << (N - n)) - 1 : 0xffff, sum[half]);
     }
   });
 }
 
-// hidden [M, K] becomes what the layer makes of it; keys [B G, D, S] and values [B G, S, D] get the new tokens.
+// hidden [B n, K] becomes what the layer makes of it, where tokens count; keys [B G, D, S] and values [B G, S, D] get the new tokens.
 template <class T>
 void block(const Layer& l, const Step& t, float* hidden, T* keys, T* values, int64_t threads) {
-  const int64_t n = t.tokens, M = t.rows * n, K = l.width, D = l.size, S = t.columns, shared = l.heads / l.groups;
-  const int64_t all = (l.heads + 2 * l.groups) * D, own = l.heads * D, R = shared * n;
+  const int64_t n = t.tokens, M = t.starts[t.rows], K = l.width, D = l.size, S = t.columns, shared = l.heads / l.groups;
+  const int64_t all = (l.heads + 2 * l.groups) * D, own = l.heads * D;
   const int64_t U = t.used, padded = (U + 31) / 32 * 32;
   thread_local std::vector<T> normed, mix, inner;
   thread_local std::vector<float> qkv;
@@ -377,7 +380,7 @@ void block(const Layer& l, const Step& t, float* hidden, T* keys, T* values, int
 
 #pragma omp parallel num_threads(threads)
   {
-    normed_rows(hidden, M, K, l.first_norm, l.first_eps, normed_at);
+    normed_rows(hidden, t.at, M, K, l.first_norm, l.first_eps, normed_at);
 #pragma omp barrier
     products(normed_at, M, K, all, l.qkv, [&](int64_t m, int64_t p, __m512* sum) {
       for (int half = 0; half < 2; ++half) {
@@ -390,14 +393,14 @@ void block(const Layer& l, const Step& t, float* hidden, T* keys, T* values, int
 #pragma omp barrier
     thread_local std::vector<float> query, scores, mixture;
     thread_local std::vector<T> tail;
-    query.resize(R * D), scores.resize(kTogether * padded), mixture.resize(kTogether * D);
+    query.resize(shared * n * D), scores.resize(kTogether * padded), mixture.resize(kTogether * D);
     int64_t first, last;
     share(t.rows * l.groups, &first, &last);
     for (int64_t item = first; item < last; ++item) {
-      const int64_t b = item / l.groups, g = item % l.groups;
+      const int64_t b = item / l.groups, g = item % l.groups, start = t.starts[b], m = t.starts[b + 1] - start;
       T *const key = keys + item * D * S, *const value = values + item * S * D;
-      for (int64_t i = 0; i < n; ++i) {
-        float* const row = qkv_at + (b * n + i) * all;
+      for (int64_t i = 0; i < m; ++i) {
+        float* const row = qkv_at + (start + i) * all;
         const int64_t angle = (t.angles_by_row * b * n + i) * D, column = t.places[b * n + i];
         float *const k = row + (l.heads + g) * D, *const v = k + l.groups * D;
         if (l.key_norm) rms_norm(k, l.key_norm, l.key_eps, D, k);
@@ -405,7 +408,7 @@ void block(const Layer& l, const Step& t, float* hidden, T* keys, T* values, int
         for (int64_t d = 0; d < D; ++d) store_one(key + d * S + column, k[d]);
         for (int64_t d = 0; d < D; d += 16) store(value + column * D + d, _mm512_loadu_ps(v + d));
         for (int64_t h = 0; h < shared; ++h) {
-          float* const q = query.data() + (h * n + i) * D;
+          float* const q = query.data() + (h * m + i) * D;
           memcpy(q, row + (g * shared + h) * D, D * sizeof(float));
           if (l.query_norm) rms_norm(q, l.query_norm, l.query_eps, D, q);
           turn(q, t.cos + angle, t.sin + angle, D);
@@ -417,6 +420,7 @@ void block(const Layer& l, const Step& t, float* hidden, T* keys, T* values, int
         for (int64_t d = 0; d < D; ++d) memcpy(tail.data() + d * 32, ends + d * S, 16 * sizeof(T));
         ends = tail.data();
       }
+      const int64_t R = shared * m;  // queries of the sequence and head
       for (int64_t r = 0; r < R; r += kTogether) {
         const int rows = static_cast<int>(std::min<int64_t>(kTogether, R - r));
         float *const here = scores.data(), *const out = mixture.data();
@@ -427,7 +431,7 @@ void block(const Layer& l, const Step& t, float* hidden, T* keys, T* values, int
         }
         float inverse[kTogether];
         for (int i = 0; i < rows; ++i) {
-          const int64_t token = (r + i) % n;
+          const int64_t token = (r + i) % m;
           const T* const mask =
               static_cast<const T*>(t.mask) + (t.mask_by_row * b * (t.mask_by_token ? n : 1) + t.mask_by_token * token) * S;
           inverse[i] = 1.f / masses(here + i * padded, mask, l.scaling, U, padded);
@@ -436,8 +440,8 @@ void block(const Layer& l, const Step& t, float* hidden, T* keys, T* values, int
           mixed_some<kTogether>(rows, here, padded, value + d, D, U, out + d);
         }
         for (int i = 0; i < rows; ++i) {
-          const int64_t h = (r + i) / n, token = (r + i) % n;
-          T* const to = mix_at + (b * n + token) * own + (g * shared + h) * D;
+          const int64_t h = (r + i) / m, token = (r + i) % m;
+          T* const to = mix_at + (start + token) * own + (g * shared + h) * D;
           for (int64_t d = 0; d < D; d += 16) {
             const __m512 v = _mm512_loadu_ps(out + i * D + d);
             store(to + d, _mm512_mul_ps(v, _mm512_set1_ps(inverse[i])));
@@ -450,14 +454,14 @@ void block(const Layer& l, const Step& t, float* hidden, T* keys, T* values, int
       for (int half = 0; half < 2; ++half) {
         const int64_t at = p * kPanel + 16 * half;
         if (at >= K) continue;
-        float* const to = hidden + m * K + at;
+        float* const to = hidden + t.at[m] * K + at;
         if (bias) sum[half] = _mm512_add_ps(sum[half], _mm512_loadu_ps(bias + at));
         _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum[half]));
       }
     };
     products(mix_at, M, own, K, l.out, [&](int64_t m, int64_t p, __m512* s) { added(m, p, s, l.out_bias); });
 #pragma omp barrier
-    normed_rows(hidden, M, K, l.second_norm, l.second_eps, normed_at);
+    normed_rows(hidden, t.at, M, K, l.second_norm, l.second_eps, normed_at);
 #pragma omp barrier
     products(normed_at, M, K, 2 * l.inner, l.gated, [&](int64_t m, int64_t p, __m512* sum) {
       store(inner_at + m * l.inner + 16 * p, _mm512_mul_ps(activated(sum[0], static_cast<int>(l.activation)), sum[1]));
@@ -472,8 +476,9 @@ void block(const Layer& l, const Step& t, float* hidden, T* keys, T* values, int
 extern "C" {
 
 void linear_float32(
-    const float* x, int64_t M, int64_t K, int64_t N, const Weight* weight, float* out, int64_t threads) {
-  linear(x, M, K, N, *weight, out, threads);
+    const float* x, const int64_t* at, int64_t M, int64_t K, int64_t N, const Weight* weight, float* out,
+    int64_t threads) {
+  linear(x, at, M, K, N, *weight, out, threads);
 }
 
 void block_float32(
@@ -500,8 +505,9 @@ void pack(const float* weight, const float* other, int64_t N, int64_t K, bf16* o
 }
 
 void linear_bfloat16(
-    const bf16* x, int64_t M, int64_t K, int64_t N, const Weight* weight, float* out, int64_t threads) {
-  linear(x, M, K, N, *weight, out, threads);
+    const bf16* x, const int64_t* at, int64_t M, int64_t K, int64_t N, const Weight* weight, float* out,
+    int64_t threads) {
+  linear(x, at, M, K, N, *weight, out, threads);
 }
 
 void block_bfloat16(const Layer* layer, const Step* step, float* hidden, bf16* keys, bf16* values, int64_t threads) {

@@ -55,7 +55,7 @@ class _Step(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("rows", "tokens", "columns", "used")),
-        *((name, ctypes.c_void_p) for name in ("cos", "sin", "mask", "places")),
+        *((name, ctypes.c_void_p) for name in ("cos", "sin", "mask", "places", "starts", "at")),
         *((name, ctypes.c_int64) for name in ("angles_by_row", "mask_by_row", "mask_by_token")),
     ]
 
@@ -79,14 +79,20 @@ def is_linear(module: Any) -> bool:
 
 
 def linear(layer: nn.Linear, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """The product x [..., K] -> [..., N], float32, of a layer that `is_linear` takes."""
+    """The product x [..., K] -> [..., N], float32, of a layer that `is_linear` takes; rows of zeros take no time."""
     rows, inputs = layer.weight.shape
     weight, held = _weight([layer.weight], dtype)
 
     def forward(x: Tensor) -> Tensor:
-        flat = x.to(dtype).reshape(-1, inputs).contiguous()
+        flat = x.to(dtype).reshape(-1, inputs)
         out = torch.empty(len(flat), rows)
-        _call("linear", dtype, _at(flat), len(flat), inputs, rows, ctypes.addressof(weight), _at(out))
+        alive = flat.any(-1)
+        at = alive.nonzero()[:, 0]
+        if len(at) < len(flat):
+            out[~alive] = 0.0
+            flat = flat[at]
+        flat = flat.contiguous()
+        _call("linear", dtype, _at(flat), _at(at), len(at), inputs, rows, ctypes.addressof(weight), _at(out))
         return out.view(*x.shape[:-1], rows)
 
     forward.held = held  # type: ignore[attr-defined]  # a function lets no type checker know of its attributes
@@ -181,7 +187,17 @@ class CompiledLayer:
         b, n, _width = hidden_states.shape
         keys, values = layer.room(b, self._groups, self._size, hidden_states)
         out = hidden_states.to(torch.float32, copy=True).contiguous()
-        step = _step(layer.place, b, n, attention_mask, position_embeddings, self._dtype)
+        place = layer.place
+        if place.made is None or place.made[0] is not attention_mask or place.made[1] is not position_embeddings:
+            place.made = (
+                attention_mask,
+                position_embeddings,
+                *_step(place, b, n, attention_mask, position_embeddings, self._dtype),
+            )
+            if place.counts is not None:
+                # What nobody reads may be anything; zeros take no time in the head.
+                out[torch.arange(n) >= place.counts[:, None]] = 0.0
+        step = place.made[2]
         places = ctypes.addressof(self._layer), ctypes.addressof(step)
         _call("block", self._dtype, *places, _at(out), _at(keys), _at(values))
         return out.to(hidden_states.dtype)
@@ -193,21 +209,21 @@ class CompiledLayer:
         return self._most is None or hidden.shape[0] * hidden.shape[1] <= self._most
 
 
-def _step(place: Place, b: int, n: int, mask: Tensor, angles: tuple[Tensor, Tensor], dtype: torch.dtype) -> _Step:
-    """What is the same for all layers of a forward, made for the first that asks."""
-    known = place.made
-    if known is not None and known[0] is mask and known[1] is angles:
-        step: _Step = known[2]
-        return step
+def _step(
+    place: Place, b: int, n: int, mask: Tensor, angles: tuple[Tensor, Tensor], dtype: torch.dtype
+) -> tuple[_Step, Sequence[Tensor]]:
+    """What is the same for all layers of a forward, and the tensors that it points to."""
     columns = place.columns
     places = torch.arange(columns, columns + n).repeat(b, 1) if isinstance(columns, int) else columns.contiguous()
     cos, sin = (x.to(torch.float32).contiguous() for x in angles)
     added = mask.to(dtype).contiguous()
-    used = min(columns_for(place.length, _VECTOR), mask.shape[-1])
-    step = _Step(b, n, mask.shape[-1], used, _at(cos), _at(sin), _at(added), _at(places))
+    counts = torch.full((b,), n) if place.counts is None else place.counts
+    starts = torch.cat((counts.new_zeros(1), counts.cumsum(0)))
+    at = (torch.arange(n) < counts[:, None]).flatten().nonzero()[:, 0]
+    held = (cos, sin, added, places, starts, at)
+    step = _Step(b, n, mask.shape[-1], min(columns_for(place.length, _VECTOR), mask.shape[-1]), *map(_at, held))
     step.angles_by_row, step.mask_by_row, step.mask_by_token = len(cos) > 1, len(mask) > 1, mask.shape[2] > 1
-    place.made = mask, angles, step, (cos, sin, added, places)
-    return step
+    return step, held
 
 
 def _weight(
