@@ -56,6 +56,9 @@ def test_what_is_banned_becomes_unlikely(model: Path, prompts: Path, tmp_path: P
     again = call("unslop", model, "--pairs", out / "pairs.jsonl", *given, "--out", tmp_path / "again")
     assert again.exit_code == 0, again.output
     assert again.stdout.splitlines()[1:-1] == result.stdout.splitlines()[1:-1]
+    taken = call("unslop", model, "--ban", "1", "--out", out)
+    assert taken.exit_code == 2
+    assert "holds something already" in taken.stderr
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from tokenloom.cli.guard import UsageError, guarded
 from tokenloom.cli.models import model_source
 from tokenloom.cli.prompts import chat, read_prompts
 
+PAIRS = "pairs.jsonl"
+
 
 @guarded
 def unslop(
@@ -59,6 +61,8 @@ def unslop(
     given = built_in_prompts() if prompts is None else read_prompts(None, prompts)
     if pairs_file is not None and not pairs_file.is_file():
         raise UsageError(f"there is no file {pairs_file}")
+    if out.is_dir() and any(path.name != PAIRS for path in out.iterdir()):
+        raise UsageError(f"{out} holds something already; name a new folder")
     source = model_source(model)
     screen, notes = console(), console(stderr=True)
     quiet_libraries(notes)
@@ -79,6 +83,10 @@ def unslop(
                 policy, ids, Antislop(policy.tokenizer, phrases), copies=samples, max_tokens=max_tokens, seed=seed,
                 progress=lambda done, of, _: report("sampling", done, of, 0, None),
             )  # fmt: skip
+        # Before training: sampling took longest, and --pairs goes on from here.
+        if found:
+            out.mkdir(parents=True, exist_ok=True)
+            write_pairs(found, out / PAIRS, policy.tokenizer)
         used = balanced(found, strength=balance, seed=seed)
         held = used[len(used) - len(used) // 10 :]
         trained = fit_ftpo(
@@ -86,7 +94,6 @@ def unslop(
             batch=batch, wins=wins, seed=seed, progress=lambda d, n, loss: report("training", d, n, 0, loss),
         )  # fmt: skip
     policy.save(out)
-    write_pairs(found, out / "pairs.jsonl", policy.tokenizer)
     before, after = trained.before, trained.after
     screen.print(f"Model in {out}", style="bold")
     pairs(

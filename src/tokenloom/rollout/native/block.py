@@ -271,5 +271,10 @@ def _at(tensor: Tensor | None) -> int | None:
 
 
 def _call(name: str, dtype: torch.dtype | None, *values: int | None) -> None:
-    suffix = "" if dtype is None else "_float32" if dtype == torch.float32 else "_bfloat16"
-    getattr(library(), name + suffix)(*values, torch.get_num_threads())
+    whole = name if dtype is None else name + ("_float32" if dtype == torch.float32 else "_bfloat16")
+    function = getattr(library(), whole)
+    if torch.autograd.profiler._is_profiler_enabled:
+        with torch.profiler.record_function(f"tokenloom::{whole}"):
+            function(*values, torch.get_num_threads())
+    else:
+        function(*values, torch.get_num_threads())
