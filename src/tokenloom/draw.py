@@ -54,8 +54,10 @@ class RandomDraw:
         cumulative = masses.cumsum(0)
         at = torch.rand((), generator=self.generator, dtype=torch.float64) * cumulative[-1]
         found = int(torch.searchsorted(cumulative, at, right=True))
+        if found < len(masses) and masses[found] > 0:
+            return found
         # Rounding may carry `at` to the very end: never a token without mass.
-        return min(found, int(masses.nonzero()[-1]))
+        return int(masses.nonzero()[-1])
 
     def bernoulli(self, a: float) -> bool:
         """See `Draw`."""
@@ -130,6 +132,7 @@ class _ScriptedDraw:
 
 def _masses(p: Tensor) -> Tensor:
     masses = p.detach().to("cpu", torch.float64)
-    if masses.ndim != 1 or not bool((masses >= 0).all()) or not bool(masses.sum() > 0):
+    # Both ends in one pass over what may be a large vocabulary; the least of what is not all numbers is none.
+    if masses.ndim != 1 or not len(masses) or not (masses.amin() >= 0 and masses.amax() > 0):
         raise ValueError(f"a law to draw from needs entries >= 0 of which one is above 0, in one dimension; got {p}")
     return masses

@@ -66,6 +66,11 @@ class Run:
         scores = wide(scores)
         if not self.processors:
             return scores
+        if all(map(_reads_no_ids, self.processors)):
+            ids = self.input_ids[list(rows)]
+            for processor in self.processors:
+                scores = processor(ids, scores)
+            return wide(scores)
         by_length: dict[int, list[int]] = {}
         for i, new in enumerate(generated):
             by_length.setdefault(len(new), []).append(i)
@@ -130,6 +135,14 @@ class Run:
         new = [[*g, *([self.pad] * (width - len(g)))] for g in generated]
         tail = torch.tensor(new, dtype=torch.int64, device=self.input_ids.device).view(len(generated), width)
         return torch.cat((self.input_ids, tail), 1)
+
+
+def _reads_no_ids(processor: Any) -> bool:
+    """Whether what a processor makes of scores depends on them alone, whatever the text is."""
+    from transformers.generation import logits_process as known
+
+    names = ("Temperature", "TopK", "TopP", "MinP", "Typical", "Epsilon", "Eta")
+    return type(processor) in {getattr(known, f"{name}LogitsWarper") for name in names}
 
 
 class Loop(ABC):

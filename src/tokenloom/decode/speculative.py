@@ -33,6 +33,8 @@ from tokenloom.methods.decoding.speculative_sampling import greedy
 _MOST = 80
 _PAUSES = (4, 64)
 """Rounds without drafts before a few are tried again: at first, and at most."""
+_LEARNED = 4
+"""Of rounds in such a pause, each fourth is learned from by a drafter that can do without the others."""
 _TRIED = 2
 _PLAIN_EVERY = 32
 """Rounds with drafts after which one without shows again what that takes."""
@@ -102,6 +104,11 @@ class _Sizes:
         self._measured = 0
         self._keys: list[int | None] = []
         self._grown: list[Grown | None] = []
+
+    @property
+    def resting(self) -> bool:
+        """Whether this round is one of those that need not be learned from."""
+        return self._waited % _LEARNED != 0
 
     @property
     def limits(self) -> Limits:
@@ -332,7 +339,8 @@ class _Batch:
     def _finish(self, rounds: Sequence[Round], scores: Tensor, nodes: int = 0, started: float | None = None) -> None:
         """Learn from the round, write its tokens down, and let rows go that have ended."""
         run = self.run
-        self.drafter.learn(rounds, scores)
+        if not (self.drafter.misses and self.sizes.resting):
+            self.drafter.learn(rounds, scores)
         running: list[int] = []
         for place, done in enumerate(rounds):
             new = [*(done.tree.tokens[node] for node in done.path), done.bonus]

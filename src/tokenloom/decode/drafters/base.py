@@ -61,6 +61,7 @@ class Drafter:
         depth: of its deepest drafts.
         fixed: the one shape that it always drafts; None: as large as pays.
         forbidden: tokens that are no text and never written.
+        misses: whether it may be told of some rounds only, while no drafts are made.
     """
 
     slug = ""
@@ -71,6 +72,7 @@ class Drafter:
     depth = 10
     fixed: Shape | None = None
     forbidden: tuple[int, ...] = ()
+    misses = False
 
     @contextmanager
     def open(self, run: Run) -> Iterator[None]:

@@ -27,6 +27,7 @@ class Stand(Drafter):
     """
 
     slug = "stand"
+    misses = True
     draws = True
     guess = (0.5, 0.12, 0.06, 0.04, 0.03, 0.02)
     depth = 8

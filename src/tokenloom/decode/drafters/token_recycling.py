@@ -28,6 +28,7 @@ class TokenRecycling(Drafter):
     """
 
     slug = "token-recycling"
+    misses = True
     depth = 10
 
     def __init__(self, *, branches: int = 8, template: Literal["grown", "paper"] = "grown") -> None:
@@ -52,7 +53,7 @@ class TokenRecycling(Drafter):
 
     def key(self, row: int, text: list[int]) -> int | None:
         """See `Drafter`."""
-        return None if int(self.adjacency[text[-1], 0]) == NONE else 0
+        return 0 if self._below(text[-1])[0] else None
 
     def grown(self, text: list[int], drawing: Drawing, limits: Limits) -> Grown | None:
         """See `Drafter`."""
