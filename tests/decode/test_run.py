@@ -46,6 +46,35 @@ def test_sampling_follows_the_processed_law() -> None:
     torch.testing.assert_close(spy.laws, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_processors_that_read_no_ids_see_all_rows_at_once() -> None:
+    """Rows of different lengths get together what each gets by itself; processors that read ids see those."""
+    calls: list[tuple[int, ...]] = []
+
+    class Counted(RepetitionPenaltyLogitsProcessor):
+        def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            calls.append(tuple(ids.shape))
+            return super().__call__(ids, scores)
+
+    class Spy(Loop):
+        def rows(self, run: Run) -> list[list[int]]:
+            with run.session() as session:
+                scores = session.start()
+            prefixes: list[list[int]] = [[1], [3, 3, 1], []]
+            before = scores.clone()
+            whole = run.shaped([0, 1, 2], prefixes, scores)
+            assert torch.equal(scores, before)
+            for i, prefix in enumerate(prefixes):
+                assert torch.equal(whole[i], run.shaped([i], [prefix], scores[[i]])[0])
+            return [[4], [5], [6]]
+
+    model = tiny_llama()
+    given = {"attention_mask": MASK, "do_sample": True, "temperature": 0.5, "top_k": 3, "max_new_tokens": 4}
+    model.generate(IDS, custom_generate=Spy(), **given)
+    assert calls == []
+    model.generate(IDS, custom_generate=Spy(), logits_processor=LogitsProcessorList([Counted(1.3)]), **given)
+    assert sorted(calls[:3]) == [(1, 5), (1, 6), (1, 8)]
+
+
 def test_stopping_and_streaming() -> None:
     model = tiny_llama()
     shown: list[int] = []

@@ -35,6 +35,8 @@ _PAUSES = (4, 64)
 """Rounds without drafts before a few are tried again: at first, and at most."""
 _LEARNED = 4
 """Of rounds in such a pause, each fourth is learned from by a drafter that can do without the others."""
+_LONG = 16
+"""Rounds of such a pause from which on drafts are thought of in each fourth round only."""
 _TRIED = 2
 _PLAIN_EVERY = 32
 """Rounds with drafts after which one without shows again what that takes."""
@@ -99,7 +101,7 @@ class _Sizes:
     ) -> None:
         self._run, self._session, self._drafter, self._chances = run, session, drafter, chances
         self._fixed, self._nodes = fixed, nodes
-        self._pause, self._waited, self._drafted = _PAUSES[0], 0, 0
+        self._pause, self._waited, self._drafted, self._turn = _PAUSES[0], 0, 0, 0
         self._curve: CostCurve | None = None
         self._measured = 0
         self._keys: list[int | None] = []
@@ -109,6 +111,14 @@ class _Sizes:
     def resting(self) -> bool:
         """Whether this round is one of those that need not be learned from."""
         return self._waited % _LEARNED != 0
+
+    def rests(self, rows: int) -> bool:
+        """Whether drafts for so many rows are not even thought of: they have not paid for long."""
+        if self._pause <= _LONG or (self._waited + 1) % _LEARNED == 0:
+            return False
+        self._waited += 1
+        self._keys, self._grown = [None] * rows, [None] * rows
+        return True
 
     @property
     def limits(self) -> Limits:
@@ -162,7 +172,11 @@ class _Sizes:
         if self._waited < self._pause:
             return sizes
         self._pause, self._waited = min(2 * self._pause, _PAUSES[1]), 0
-        return [_TRIED] * rows
+        if not self._session.ragged:
+            return [_TRIED] * rows
+        # One row tells as much, and the others do not pay for it.
+        self._turn += 1
+        return [_TRIED if row == self._turn % rows else 0 for row in range(rows)]
 
     def _current_curve(self) -> CostCurve:
         rows = len(self._session.rows)
@@ -264,6 +278,8 @@ class _Batch:
 
     def _asks(self) -> list[Ask] | None:
         """What the drafter is asked for; None when no row is to have drafts."""
+        if self.sizes.rests(len(self.live)):
+            return None
         keys = [self.drafter.key(row, self.texts[row]) for row in self.live]
         # One token more comes with every path.
         rooms = [self.run.limit - len(self.generated[row]) - 1 for row in self.live]
