@@ -69,9 +69,10 @@ def test_samplers_side_by_side(model: Path, tmp_path: Path) -> None:
 def test_a_watermark_written_is_found_and_another_key_is_not(model: Path, tmp_path: Path, watermark: str) -> None:
     out = tmp_path / "out.jsonl"
     result = call(
-        "generate", model, "1+1", "--sampler", watermark, "--seed", 1, "-n", 8, "--max-tokens", 80, "--out", out
+        "generate", model, "1+1", "--sampler", watermark, "--seed", 1, "-n", 32, "--max-tokens", 80, "--out", out
     )
     assert result.exit_code == 0, result.output
+    # The longest of many: a few dozen tokens tell a key that a handful would not.
     text = max((json.loads(x)["response"] for x in out.read_text(encoding="utf-8").splitlines()), key=len)
     out.write_text(json.dumps({"text": text}), encoding="utf-8")
     key = watermark.partition(",delta")[0]

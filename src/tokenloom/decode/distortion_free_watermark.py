@@ -21,6 +21,7 @@ from transformers import LogitsProcessor
 from tokenloom.decode.registry import decoder
 from tokenloom.decode.run import Loop, Run
 from tokenloom.decode.shapers import wide
+from tokenloom.draw import Draw, RandomDraw
 from tokenloom.methods.decoding.distortion_free_watermark import (
     block_statistic,
     edit_statistic,
@@ -186,8 +187,10 @@ class WatermarkShaper(LogitsProcessor):
 
     The law is that of the scores it is handed, after `temperature`; whatever comes behind it finds one token left.
     A row that continues a text seen before by one token goes on with that text's key elements, wherever it stands in
-    the batch; any other begins at a random one.
+    the batch; any other begins at a random one, by `draw` (default: PyTorch's global state).
     """
+
+    draw: Draw | None = None
 
     def __init__(
         self,
@@ -214,7 +217,7 @@ class WatermarkShaper(LogitsProcessor):
     def _offset(self, ids: tuple[int, ...]) -> int:
         # Rows with the same text so far may swap their offsets: each of them would have written it.
         before = self._offsets.get(ids[:-1])
-        offset = before.pop() if before else int(torch.randint(self.length, ()))
+        offset = before.pop() if before else (self.draw or RandomDraw()).categorical(torch.ones(self.length))
         self._offsets.setdefault(ids, []).append(offset)
         while len(self._offsets) > _TEXTS:
             self._offsets.popitem(last=False)

@@ -114,6 +114,9 @@ def respond(
     at_once = decoding.batch if getattr(decoding.loop, "batches", True) else 1
     loop, kept = decoding.loop, _Kept()
     loop.draw = RandomDraw(torch.Generator().manual_seed(seed))
+    for shaper in decoding.shapers:
+        if hasattr(shaper, "draw"):
+            shaper.draw = loop.draw
     if on_tokens is not None and len(rows) == 1:
         loop.streamer = _Streamer(on_tokens)
     answers: list[Answer] = []
