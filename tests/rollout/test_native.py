@@ -147,6 +147,22 @@ def test_a_product(rows: int, outputs: int, dtype: torch.dtype) -> None:
     assert torch.allclose(found.double(), expected, atol=1e-5)
 
 
+def test_products_of_many_rows_are_left_to_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on processors with matrix units: long pieces go through the layer itself, short ones are compiled code."""
+    served(torch.bfloat16)
+    monkeypatch.setattr(block, "most_rows", lambda _: 12)
+    model = model_of("qwen2")
+    truth = Truth(model, torch.bfloat16)
+    long = torch.randint(0, 97, (2, 30), generator=torch.Generator().manual_seed(0)).tolist()
+    with casts(torch.bfloat16), open_session(model, [[5, 7, 9], [11, 3, 2, 8]]) as session:
+        assert compiled_in(model) == 3
+        session.start()
+        for scores in (session.step(torch.tensor([1, 2])), session.extend(long), session.step(torch.tensor([3, 4]))):
+            assert scores.isfinite().all()
+        for found, ids in zip(scores, session.rows, strict=True):
+            assert truth.near(found, ids)
+
+
 def test_layers_that_someone_listens_to_are_left_as_they_are() -> None:
     model = model_of("llama")
     truth, heard = Truth(model), list[int]()
