@@ -78,5 +78,6 @@ def test_an_engine_runs_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     greedy = model.generate(torch.tensor([[5, 9, 4]]), do_sample=False, max_new_tokens=8, eos_token_id=None)[0, 3:]
     found = llm.generate([prompt, prompt], [one, SamplingParams(**common)])
     assert list(found[0].outputs[0].token_ids) == greedy.tolist()
-    with pytest.raises(ValueError, match="did you mean 'top-k'"):
+    # vLLM hands our ValueError on in a class of its own, whose bases differ between versions.
+    with pytest.raises(Exception, match="did you mean 'top-k'"):
         llm.generate([prompt], SamplingParams(**common, extra_args={"tokenloom": {"top-kk": {}}}))
