@@ -4,6 +4,8 @@ One token through a layer of a small model is some hundred microseconds of arith
 calling its pieces. A form stands in for the `forward` of one module while a rollout lasts: an RMS norm becomes one
 call; a gated MLP and attention with rotary positions take one product where Hugging Face's code takes two or three.
 
+On some processors a whole layer becomes one call of compiled code instead (see `native.block`).
+
 A form is only used where it reproduced what its module did in a short forward of the model itself. Modules that no
 form fits, or whose code changes some day, stay as they are.
 """

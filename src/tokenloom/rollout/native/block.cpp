@@ -257,62 +257,35 @@ inline void turn(float* x, const float* cos, const float* sin, int64_t D) {
   }
 }
 
-constexpr int kTogether = 6;  // queries whose scores are summed together
+constexpr int kTogether = 6;  // queries that are summed for together
 
-// scores [R, 32] += of R queries with columns s to s + 31 of keys [D, S].
+// out [R, 32] = a [R, K] times b [K, 32]; the rows of each lie `by_a`, `by_b` and `by_out` numbers apart.
 template <int R, class T>
-inline void scored(const float* q, const T* keys, int64_t D, int64_t S, float* scores, int64_t stride) {
+inline void mixed(const float* a, int64_t by_a, const T* b, int64_t by_b, int64_t K, float* out, int64_t by_out) {
   __m512 s[R][2];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) s[r][0] = s[r][1] = _mm512_setzero_ps();
-  for (int64_t d = 0; d < D; ++d) {
-    const __m512 k0 = load(keys + d * S), k1 = load(keys + d * S + 16);
+  for (int64_t k = 0; k < K; ++k) {
+    const __m512 b0 = load(b + k * by_b), b1 = load(b + k * by_b + 16);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const __m512 v = _mm512_set1_ps(q[r * D + d]);
-      s[r][0] = _mm512_fmadd_ps(v, k0, s[r][0]);
-      s[r][1] = _mm512_fmadd_ps(v, k1, s[r][1]);
+      const __m512 v = _mm512_set1_ps(a[r * by_a + k]);
+      s[r][0] = _mm512_fmadd_ps(v, b0, s[r][0]);
+      s[r][1] = _mm512_fmadd_ps(v, b1, s[r][1]);
     }
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
-    _mm512_storeu_ps(scores + r * stride, s[r][0]);
-    _mm512_storeu_ps(scores + r * stride + 16, s[r][1]);
-  }
-}
-
-// out [R, 32] = of probabilities [R, S] with values [S, D], 32 of the D.
-template <int R, class T>
-inline void mixed(const float* p, int64_t stride, const T* values, int64_t D, int64_t S, float* out) {
-  __m512 o[R][2];
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) o[r][0] = o[r][1] = _mm512_setzero_ps();
-  for (int64_t s = 0; s < S; ++s) {
-    const __m512 v0 = load(values + s * D), v1 = load(values + s * D + 16);
-#pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      const __m512 w = _mm512_set1_ps(p[r * stride + s]);
-      o[r][0] = _mm512_fmadd_ps(w, v0, o[r][0]);
-      o[r][1] = _mm512_fmadd_ps(w, v1, o[r][1]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-    _mm512_storeu_ps(out + r * D, o[r][0]);
-    _mm512_storeu_ps(out + r * D + 16, o[r][1]);
+    _mm512_storeu_ps(out + r * by_out, s[r][0]);
+    _mm512_storeu_ps(out + r * by_out + 16, s[r][1]);
   }
 }
 
 template <int R, class T>
-void scored_some(int rows, const float* q, const T* keys, int64_t D, int64_t S, float* scores, int64_t stride) {
-  if (rows == R) return scored<R>(q, keys, D, S, scores, stride);
-  if constexpr (R > 1) scored_some<R - 1>(rows, q, keys, D, S, scores, stride);
-}
-
-template <int R, class T>
-void mixed_some(int rows, const float* p, int64_t stride, const T* values, int64_t D, int64_t S, float* out) {
-  if (rows == R) return mixed<R>(p, stride, values, D, S, out);
-  if constexpr (R > 1) mixed_some<R - 1>(rows, p, stride, values, D, S, out);
+void mixed_some(
+    int rows, const float* a, int64_t by_a, const T* b, int64_t by_b, int64_t K, float* out, int64_t by_out) {
+  if (rows == R) return mixed<R>(a, by_a, b, by_b, K, out, by_out);
+  if constexpr (R > 1) mixed_some<R - 1>(rows, a, by_a, b, by_b, K, out, by_out);
 }
 
 // exp(scores scaling + mask), and the sum of it, of the first S scores; what lies behind becomes 0.
@@ -426,8 +399,8 @@ void block(const Layer& l, const Step& t, float* hidden, T* keys, T* values, int
         float *const here = scores.data(), *const out = mixture.data();
         for (int64_t s = 0; s < padded; s += 32) {
           const bool end = s + 32 > U;
-          scored_some<kTogether>(
-              rows, query.data() + r * D, end ? ends : key + s, D, end ? 32 : S, here + s, padded);
+          mixed_some<kTogether>(
+              rows, query.data() + r * D, D, end ? ends : key + s, end ? 32 : S, D, here + s, padded);
         }
         float inverse[kTogether];
         for (int i = 0; i < rows; ++i) {
@@ -437,7 +410,7 @@ void block(const Layer& l, const Step& t, float* hidden, T* keys, T* values, int
           inverse[i] = 1.f / masses(here + i * padded, mask, l.scaling, U, padded);
         }
         for (int64_t d = 0; d < D; d += 32) {
-          mixed_some<kTogether>(rows, here, padded, value + d, D, U, out + d);
+          mixed_some<kTogether>(rows, here, padded, value + d, D, U, out + d, D);
         }
         for (int i = 0; i < rows; ++i) {
           const int64_t h = (r + i) / m, token = (r + i) % m;
