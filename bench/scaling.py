@@ -36,7 +36,7 @@ def rows(quick: bool) -> list[Row]:
         points += [(f"{NAMES[name]} {value}", MIDDLE | {name: value}) for value in values]
     if quick:
         points = [("middle", {"group_size": 4, "prompt_tokens": 16, "new_tokens": 8, "vocabulary": 1024})]
-    return [Row(label, sides(_work(point), trl_settings(8, "sdpa")), runs=2) for label, point in points]
+    return [Row(label, sides(_work(point), trl_settings(8, "sdpa"))) for label, point in points]
 
 
 def _work(point: Mapping[str, int]) -> dict[str, Any]:

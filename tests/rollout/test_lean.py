@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from transformers.models.llama import modeling_llama
 
 from tiny_models import TINY, tiny_llama
+from tokenloom.policy.lean_training import forms_that_fit
 from tokenloom.rollout.lean import lean_modules
 
 IDS = torch.arange(14).view(2, 7)
@@ -40,6 +43,24 @@ def test_traces_are_removed_after_an_error_and_what_was_there_comes_back() -> No
         raise RuntimeError("stop")
     assert model.model.norm.__dict__.pop("forward") is own
     assert not any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_a_copy_runs_on_its_own_weights_and_becomes_lean_itself() -> None:
+    sizes = {"hidden": 64, "intermediate_size": 64, "num_attention_heads": 2, "head_dim": 32}  # of compiled layers too
+    model = tiny_llama(**sizes)
+    with torch.no_grad(), lean_modules(model):
+        other = copy.deepcopy(model)
+        for parameter in other.parameters():
+            parameter.mul_(1.5)
+        found = other(IDS).logits
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+        assert torch.equal(found, model(IDS).logits)
+        with lean_modules(other) as lean:
+            assert lean.attention
+            assert torch.allclose(other(IDS).logits, found, atol=1e-5)
+    assert forms_that_fit(other, None)
 
 
 @pytest.mark.parametrize("where", ["norm", "turn", "mlp", "order"])

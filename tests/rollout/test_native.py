@@ -56,7 +56,7 @@ def served(dtype: torch.dtype) -> None:
 
 
 def compiled_in(model: nn.Module) -> int:
-    return sum(isinstance(m.__dict__.get("forward"), CompiledLayer) for m in model.modules())
+    return sum(isinstance(getattr(m.__dict__.get("forward"), "form", None), CompiledLayer) for m in model.modules())
 
 
 class Truth:

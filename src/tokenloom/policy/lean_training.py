@@ -141,7 +141,8 @@ def _gated_mlp(module: Any) -> Form:
 
 def _candidates(module: Any) -> list[Make]:
     """The forms that a module's parts suggest; none for a module whose forward somebody has replaced."""
-    if "forward" in module.__dict__:
+    own = module.__dict__.get("forward")
+    if own is not None and own != type(module).forward.__get__(module):
         return []
     children, parameters = set(module._modules), set(module._parameters)
     if not children and parameters == {"weight"} and _eps(module) is not None:

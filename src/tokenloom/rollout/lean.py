@@ -12,6 +12,7 @@ form fits, or whose code changes some day, stay as they are.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -104,10 +105,23 @@ def _lean(causal: Any) -> _Leaned:
         return _Leaned(stack.pop_all(), Lean(attentions == layers, count == layers))
 
 
+class _StandIn:
+    """A form in its module's place. It works on that module's weights, so a copy of the module is given none."""
+
+    def __init__(self, module: nn.Module, form: Form) -> None:
+        self._own, self.form = module.forward, form
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.form(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return copy.deepcopy(self._own, memo)
+
+
 @contextmanager
 def _replaced(module: nn.Module, form: Form) -> Iterator[None]:
     before = module.__dict__.get("forward")
-    module.__dict__["forward"] = form
+    module.__dict__["forward"] = _StandIn(module, form)
     try:
         yield
     finally:

@@ -288,6 +288,14 @@ void mixed_some(
   if constexpr (R > 1) mixed_some<R - 1>(rows, a, by_a, b, by_b, K, out, by_out);
 }
 
+// Asks for 32 numbers of each of `rows` rows, `by` numbers apart, to be there soon.
+template <class T>
+inline void fetch(const T* from, int64_t rows, int64_t by) {
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t n = 0; n < 32; n += 64 / static_cast<int64_t>(sizeof(T))) _mm_prefetch(from + i * by + n, _MM_HINT_T1);
+  }
+}
+
 // exp(scores scaling + mask), and the sum of it, of the first S scores; what lies behind becomes 0.
 template <class T>
 inline float masses(float* scores, const T* mask, float scaling, int64_t S, int64_t padded) {
@@ -372,6 +380,7 @@ void block(const Layer& l, const Step& t, float* hidden, T* keys, T* values, int
     for (int64_t item = first; item < last; ++item) {
       const int64_t b = item / l.groups, g = item % l.groups, start = t.starts[b], m = t.starts[b + 1] - start;
       T *const key = keys + item * D * S, *const value = values + item * S * D;
+      const bool ahead = item + 1 < last;
       for (int64_t i = 0; i < m; ++i) {
         float* const row = qkv_at + (start + i) * all;
         const int64_t angle = (t.angles_by_row * b * n + i) * D, column = t.places[b * n + i];
@@ -399,6 +408,8 @@ void block(const Layer& l, const Step& t, float* hidden, T* keys, T* values, int
         float *const here = scores.data(), *const out = mixture.data();
         for (int64_t s = 0; s < padded; s += 32) {
           const bool end = s + 32 > U;
+          // Short stretches far apart: the processor does not see by itself what comes next.
+          if (ahead && r == 0) fetch(key + D * S + s, D, S);
           mixed_some<kTogether>(
               rows, query.data() + r * D, D, end ? ends : key + s, end ? 32 : S, D, here + s, padded);
         }
@@ -410,6 +421,7 @@ void block(const Layer& l, const Step& t, float* hidden, T* keys, T* values, int
           inverse[i] = 1.f / masses(here + i * padded, mask, l.scaling, U, padded);
         }
         for (int64_t d = 0; d < D; d += 32) {
+          if (ahead && r == 0) fetch(value + D * S + d, U, D);
           mixed_some<kTogether>(rows, here, padded, value + d, D, U, out + d, D);
         }
         for (int i = 0; i < rows; ++i) {
