@@ -17,8 +17,9 @@ import torch
 from tokenloom import catalog
 from tokenloom.algorithm import Algorithm
 from tokenloom.batch import Rollouts
-from tokenloom.catalog import DECODING_STAGES, Hyperparameter, Method, Part, describe_type, parts
+from tokenloom.catalog import DECODING_STAGES, Method, Part, parts
 from tokenloom.decode.registry import KINDS, decoders
+from tokenloom.parameters import Hyperparameter, describe_type
 from tokenloom.signals import Signals, signal_example, signal_names
 from tokenloom.vocabulary import VOCABULARY
 

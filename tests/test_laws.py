@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tokenloom.catalog import Part
-from tokenloom.testing import Law, pairs
+from tokenloom.laws import Law
+from tokenloom.testing import pairs
 
 PAIRS = list(pairs())
 

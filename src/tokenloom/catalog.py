@@ -7,26 +7,19 @@ keyword-only parameters are hyperparameters, and their annotations and defaults 
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import importlib
-import importlib.machinery
 import importlib.metadata
-import importlib.util
 import inspect
 import pkgutil
-import sys
-import types
-import typing
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args
 
-from tokenloom.schedule import Schedule
+from tokenloom.hints import suggest
+from tokenloom.parameters import Hyperparameter, signature_inputs
 from tokenloom.signals import same_definition
-from tokenloom.vocabulary import known_names
+from tokenloom.user_code import imported
 
 TrainingStage = Literal[
     "sampling", "reward", "advantage", "select", "credit", "weight", "aggregate",
@@ -44,14 +37,6 @@ TRAINING_STAGES: tuple[str, ...] = get_args(TrainingStage)
 DECODING_STAGES: tuple[str, ...] = get_args(DecodingStage)
 Scope = Literal["token", "row", "group", "batch"]
 F = TypeVar("F", bound=Callable[..., Any])
-
-
-@dataclass(frozen=True)
-class Hyperparameter:
-    """A keyword-only parameter of a part: its annotation and the paper's default."""
-
-    annotation: Any
-    default: Any
 
 
 @dataclass(frozen=True)
@@ -214,8 +199,13 @@ def get_part(name: str, stage: Stage | None = None) -> Part:
     """
     if not isinstance(name, str):
         raise ValueError(f"{stage or 'part'}: a part is named by text, got {name!r}")
-    found = _imported(name) if ":" in name else parts().get(name)
-    if found is None:
+    if ":" in name:
+        found = getattr(imported(name), "__part__", None)
+        if not isinstance(found, Part):
+            raise ValueError(f"{name!r} is not a part: decorate the function with @part(...)")
+    elif name in parts():
+        found = parts()[name]
+    else:
         same_stage = [p.name for p in parts().values() if stage in (None, p.stage)]
         hint = f"; a file's part is named {name + ':function'!r}" if name.endswith(".py") else suggest(name, same_stage)
         raise ValueError(f"unknown {stage + ' ' if stage else ''}part {name!r}{hint}")
@@ -237,7 +227,7 @@ def get_preset(slug: str) -> Preset:
     if not isinstance(slug, str):
         raise ValueError(f"an algorithm's preset is named by text, got {slug!r}")
     if ":" in slug:
-        found = getattr(_resolve_import(slug), "__preset__", None)
+        found = getattr(imported(slug), "__preset__", None)
         if not isinstance(found, Preset):
             raise ValueError(f"{slug!r} is not a preset: decorate it with @preset(...)")
         return found
@@ -273,109 +263,12 @@ def methods() -> dict[str, Method]:
     return dict(sorted(table.items()))
 
 
-def suggest(name: str, known: Iterable[str]) -> str:
-    """ "; did you mean ...?" with the nearest known names, or the list when nothing is near and it is short."""
-    choices = sorted(known)
-    near = difflib.get_close_matches(name, choices, n=3, cutoff=0.55)
-    if near:
-        return f"; did you mean {' or '.join(repr(n) for n in near)}?"
-    return f"; known: {', '.join(choices)}" if choices else ""
-
-
-def check_parameters(owner: str, given: Mapping[str, Any], known: Mapping[str, Hyperparameter]) -> dict[str, Any]:
-    """Check hyperparameters by name and type; schedules (recipe form included) may stand where a float may.
-
-    Raises:
-        ValueError: naming the key, the value, what is allowed and the nearest known name.
-    """
-    checked: dict[str, Any] = {}
-    for key, value in given.items():
-        if key not in known:
-            raise ValueError(f"{owner}: unknown parameter {key!r}{suggest(key, known)}")
-        annotation = known[key].annotation
-        if isinstance(value, Mapping) and "schedule" in value:
-            try:
-                value = Schedule.parse(value)
-            except ValueError as error:
-                raise ValueError(f"{owner}: {key}: {error}") from None
-        if not (_accepts(annotation, value) or (isinstance(value, Schedule) and _accepts(annotation, 0.5))):
-            raise ValueError(f"{owner}: {key} = {value!r} is not allowed; it takes {describe_type(annotation)}")
-        checked[key] = value
-    return checked
-
-
-def describe_type(annotation: Any) -> str:
-    """An annotation in a user's words."""
-    if get_origin(annotation) is Literal:
-        return "one of " + ", ".join(str(a) for a in get_args(annotation))
-    if get_origin(annotation) in (typing.Union, types.UnionType):
-        return " or ".join(describe_type(a) for a in get_args(annotation))
-    if annotation is type(None):
-        return "null"
-    return {"float": "a number", "int": "an integer", "bool": "true or false", "str": "text"}.get(
-        getattr(annotation, "__name__", ""), str(annotation)
-    )
-
-
-def signature_inputs(
-    name: str, function: Callable[..., Any], *, any_name: bool = False
-) -> tuple[dict[str, bool], dict[str, Hyperparameter]]:
-    """Injected names (and whether each is required) and hyperparameters of a function, checked.
-
-    `any_name` allows positional names that are not in the vocabulary.
-
-    Raises:
-        ValueError: for a name outside the vocabulary or a hyperparameter without a default.
-    """
-    try:
-        # The parameters of a class are those of its constructor.
-        hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
-    except NameError as error:
-        raise ValueError(
-            f"{name!r}: an annotation cannot be read ({error}); import it at run time, not under TYPE_CHECKING"
-        ) from error
-    inputs: dict[str, bool] = {}
-    hyperparameters: dict[str, Hyperparameter] = {}
-    vocabulary = known_names()
-    for p in inspect.signature(function).parameters.values():
-        if p.kind is p.KEYWORD_ONLY:
-            if p.default is p.empty:
-                raise ValueError(f"{name!r}: hyperparameter {p.name!r} needs a default (the paper's)")
-            hyperparameters[p.name] = Hyperparameter(hints.get(p.name, Any), p.default)
-        elif p.kind is not p.POSITIONAL_OR_KEYWORD:
-            raise ValueError(f"{name!r}: parameter {p.name!r} must be an ordinary one or keyword-only")
-        elif any_name or p.name in vocabulary:
-            inputs[p.name] = p.default is p.empty
-        else:
-            raise ValueError(
-                f"{name!r}: positional parameter {p.name!r} is not in the vocabulary (hyperparameters go behind a "
-                f"bare *){suggest(p.name, vocabulary)}"
-            )
-    return inputs, hyperparameters
-
-
 def _claim(table: dict[str, Any], name: str, made: Any) -> None:
     held = table.get(name)
     if held is not None and not same_definition(held.function, made.function):
         where = f"{held.function.__module__}.{held.function.__qualname__}"
         raise ValueError(f"the name {name!r} is held by {where}; choose another")
     table[name] = made
-
-
-def _accepts(annotation: Any, value: Any) -> bool:
-    if annotation is Any:
-        return True
-    origin = get_origin(annotation)
-    if origin in (typing.Union, types.UnionType):
-        return any(_accepts(a, value) for a in get_args(annotation))
-    if origin is Literal:
-        return value in get_args(annotation)
-    if annotation is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if annotation is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    kind = origin or annotation
-    return isinstance(value, kind) if isinstance(kind, type) else True
 
 
 def _family(function: Callable[..., Any]) -> str:
@@ -400,60 +293,3 @@ def _load() -> None:
             entry.load()
         except Exception as error:
             warnings.warn(f"entry point {entry.name} = {entry.value!r}: {error}; its parts are missing", stacklevel=3)
-
-
-def _imported(path: str) -> Part:
-    found = getattr(_resolve_import(path), "__part__", None)
-    if not isinstance(found, Part):
-        raise ValueError(f"{path!r} is not a part: decorate the function with @part(...)")
-    return found
-
-
-class _SourceLoader(importlib.machinery.SourceFileLoader):
-    """Compiles the file as it is now: bytecode caches go by whole seconds and would miss a quick edit."""
-
-    def get_code(self, fullname: str) -> types.CodeType:
-        return self.source_to_code(self.get_data(self.path), self.path)
-
-
-def _import_file(file: Path) -> types.ModuleType:
-    """The module of a file under a name of its own, the same in every process; imported again after an edit."""
-    module_name = f"tokenloom_user_{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
-    content = hashlib.sha256(file.read_bytes()).hexdigest()
-    known = sys.modules.get(module_name)
-    if known is not None and known.__dict__["__content__"] == content:
-        return known
-    loader = _SourceLoader(module_name, str(file))
-    spec = importlib.util.spec_from_file_location(module_name, file, loader=loader)
-    if spec is None:
-        raise ValueError(f"{str(file)!r} cannot be loaded as Python")
-    module = importlib.util.module_from_spec(spec)
-    module.__dict__["__content__"] = content
-    sys.modules[module_name] = module
-    try:
-        loader.exec_module(module)
-    except BaseException:
-        del sys.modules[module_name]
-        raise
-    return module
-
-
-def _resolve_import(path: str) -> Any:
-    """`file.py:name` or `package.module:name`, imported."""
-    source, _, attribute = path.rpartition(":")
-    if source.endswith(".py"):
-        file = Path(source).expanduser().resolve()
-        if not file.is_file():
-            raise ValueError(f"{path!r}: there is no file {source!r} (looked in {Path.cwd()})")
-        module = _import_file(file)
-    elif not source:
-        raise ValueError(f"{path!r} names no module; write 'file.py:function' or 'package.module:function'")
-    else:
-        try:
-            module = importlib.import_module(source)
-        except ImportError as error:
-            raise ValueError(f"{path!r}: cannot import {source!r}: {error}") from error
-    if not hasattr(module, attribute):
-        names = [n for n in vars(module) if not n.startswith("_")]
-        raise ValueError(f"{source!r} has no {attribute!r}{suggest(attribute, names)}")
-    return getattr(module, attribute)

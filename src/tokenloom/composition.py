@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self, TypeVar
 
-from tokenloom.catalog import Part, Stage, check_parameters, get_part, suggest
+from tokenloom.catalog import Part, Stage, get_part
+from tokenloom.hints import suggest
+from tokenloom.parameters import check_parameters
 from tokenloom.schedule import Schedule, resolve
 from tokenloom.vocabulary import CURRENT
 

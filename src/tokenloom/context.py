@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenloom.catalog import signature_inputs
 from tokenloom.composition import Bound
 from tokenloom.masked import at_last_position, clamped_exp, masked_sum, where_mask
+from tokenloom.parameters import signature_inputs
 
 
 class Context:

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from tokenloom import Algorithm, Schedule, bind, catalog, get_part, get_preset, part, parts, preset, presets
-from tokenloom.catalog import Hyperparameter, check_parameters, describe_type, methods, suggest
+from tokenloom.catalog import methods
+from tokenloom.hints import suggest
+from tokenloom.parameters import Hyperparameter, check_parameters, describe_type
 from tokenloom.testing import check, random_batch
 
 if TYPE_CHECKING:

@@ -181,6 +181,8 @@ def test_messages(spec: Any, message: str) -> None:
 def test_override_names_an_unknown_stage() -> None:
     with pytest.raises(ValueError, match="unknown stage 'bound'; did you mean 'bounds'"):
         Algorithm.compose(advantage="grpo").override(bound="clip")
+    with pytest.raises(ValueError, match="unknown stage 'branches'; did you mean 'branch'"):
+        Algorithm.from_recipe("grpo").override(branches=None)
 
 
 def test_twins_make_a_name_ambiguous() -> None:

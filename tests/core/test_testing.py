@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from tokenloom import get_part, part, parts
+from tokenloom.laws import laws_for
 from tokenloom.masked import group_mean, to_tokens, where_mask
-from tokenloom.testing import HOSTILE, TOLERANCE, check, laws_for, pairs, random_batch, same, vocabulary_values
+from tokenloom.testing import HOSTILE, TOLERANCE, check, pairs, random_batch, same, vocabulary_values
 from tokenloom.vocabulary import known_names
 
 Rule = Callable[..., Any]

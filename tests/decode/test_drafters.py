@@ -8,7 +8,7 @@ import random
 import pytest
 import torch
 
-from tokenloom.decode.drafters.base import Round, drawn, filled, largest, likeliest
+from tokenloom.decode.drafters.base import Drafter, Round, drawn, filled, largest, likeliest
 from tokenloom.decode.drafters.best_first import Beliefs, Grown, Limits, best_first
 from tokenloom.decode.drafters.lookup import GroupNGrams, NGramPlaces, PromptLookup
 from tokenloom.decode.drafters.shapes import Chances, Shape
@@ -16,6 +16,14 @@ from tokenloom.decode.drafters.token_recycling import TokenRecycling
 from tokenloom.draw import RandomDraw
 from tokenloom.methods.decoding.draft_tree import ROOT, DraftTree
 from tokenloom.methods.decoding.prompt_lookup import prompt_lookup
+
+
+def test_a_drafter_without_drafts_cannot_be_made() -> None:
+    class Idle(Drafter):
+        slug = "idle"
+
+    with pytest.raises(TypeError, match=r"abstract method '?draft"):
+        Idle()  # type: ignore[abstract]  # refused when it is made, not in the middle of a run
 
 
 def test_the_most_probable_nodes_are_grown() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tokenloom.batch import Rollouts, Sampling
-from tokenloom.catalog import Part, signature_inputs
+from tokenloom.catalog import Part
 from tokenloom.composition import Bound
 from tokenloom.lab.collect import Batch
 from tokenloom.lab.critic import Critic
@@ -18,6 +18,7 @@ from tokenloom.lab.table import TablePolicy
 from tokenloom.lab.task import Draft, Lag, Task, prompt_tokens
 from tokenloom.lab.tree import Tree
 from tokenloom.masked import masked_sum, valid_positions
+from tokenloom.parameters import signature_inputs
 
 
 def tiny_task(tree: Tree | None = None, *, prompts: int = 1, seed: int = 0, lag: Lag = "none") -> Task:

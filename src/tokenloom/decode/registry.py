@@ -15,7 +15,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar, get_args
 
-from tokenloom.catalog import Hyperparameter, check_parameters, parts, signature_inputs, suggest
+from tokenloom.catalog import parts
+from tokenloom.hints import suggest
+from tokenloom.parameters import Hyperparameter, check_parameters, signature_inputs
 
 Kind = Literal["shaper", "loop", "drafter", "verifier", "constraint", "detector"]
 B = TypeVar("B", bound=Callable[..., Any])

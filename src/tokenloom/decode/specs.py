@@ -13,8 +13,9 @@ from typing import Any
 
 import yaml
 
-from tokenloom.catalog import check_parameters, suggest
 from tokenloom.decode.registry import Decoder, Kind, build, decoders
+from tokenloom.hints import suggest
+from tokenloom.parameters import check_parameters
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tokenloom
-from tokenloom.catalog import presets, suggest
+from tokenloom.catalog import presets
+from tokenloom.hints import suggest
 from tokenloom.lab import leaderboard
 from tokenloom.lab.cells import FULL, QUICK, Cell, Kind, algorithm_of, kind_of
 from tokenloom.lab.families import families

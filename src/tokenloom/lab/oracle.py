@@ -14,9 +14,10 @@ from collections.abc import Callable
 from torch import Tensor
 
 from tokenloom.algorithm import Algorithm
-from tokenloom.catalog import Part, Stage, signature_inputs
+from tokenloom.catalog import Part, Stage
 from tokenloom.composition import Bound
 from tokenloom.masked import where_mask
+from tokenloom.parameters import signature_inputs
 
 NAME = "(exact advantage)"
 

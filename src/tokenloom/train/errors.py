@@ -10,7 +10,7 @@ from typing import Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from tokenloom.catalog import suggest
+from tokenloom.hints import suggest
 
 
 class RecipeError(ValueError):

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import os
-import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,26 +14,26 @@ import torch
 from torch import Tensor
 
 from tokenloom.batch import Rollouts
-from tokenloom.masked import masked_mean
 from tokenloom.plan import Metrics, Plan, Update
 from tokenloom.policy import Policy
 from tokenloom.signals import Signals
 from tokenloom.tasks import Task, Verifier
 from tokenloom.tasks.sources.corpus import shown
-from tokenloom.train import checkpoint
+from tokenloom.train import saving
 from tokenloom.train.collect import Collected, Collector
 from tokenloom.train.corpus import CorpusStream
 from tokenloom.train.data import PromptStream, derive
-from tokenloom.train.dump import cut, save_bad_batch, token_lines
+from tokenloom.train.diagnosis import diagnosed, diagnosis
+from tokenloom.train.dump import save_bad_batch, token_lines
+from tokenloom.train.early_stop import reason_to_stop
 from tokenloom.train.errors import TrainingDiverged
 from tokenloom.train.evaluate import Evaluation, evaluate
 from tokenloom.train.events import Observer
 from tokenloom.train.optim import Optimizer
 from tokenloom.train.recipe import Recipe
+from tokenloom.train.record import step_record
 from tokenloom.train.respond import Responder
 from tokenloom.train.run import RunFolder
-
-log = logging.getLogger(__name__)
 
 MAX_BAD_STEPS = 3
 
@@ -57,7 +53,7 @@ class Outcome:
 
 
 class Trainer:
-    """A run: everything it holds is made in `open`, everything that changes is in `checkpoint`."""
+    """A run: what it holds is made at once, and all that changes from step to step is in its checkpoints."""
 
     def __init__(
         self, recipe: Recipe, run: RunFolder, policy: Policy, task: Task, verifier: Verifier, observer: Observer
@@ -134,8 +130,8 @@ class Trainer:
         algorithm, policy = self.algorithm, self.policy
         generator = self._generator(step)
 
-        with self._diagnosed(f"step {step + 1}"):
-            collected = self.collector.collect(algorithm, step, self.state, partial(self._progress, "rollout"))
+        with diagnosed(f"step {step + 1}", policy, self.run.path):
+            collected = self.collector.collect(algorithm, step, self.state, partial(self.observer.progress, "rollout"))
         rollouts = collected.rollouts
         sampled_at = time.perf_counter()
 
@@ -178,7 +174,13 @@ class Trainer:
                 norms.append(norm)
         self.state = plan.state
 
-        record = self._record(step, collected, plan, metrics.result(), norms, skipped)
+        for message in collected.messages:
+            self.observer.message(f"verifier: {message}")
+        record = step_record(
+            step, collected, plan, metrics.result(),
+            learning_rate=self.optimizer.learning_rate(step), grad_norms=norms, skipped=skipped,
+            refill=algorithm.refill,
+        )  # fmt: skip
         ended = time.perf_counter()
         tokens = int(rollouts.mask.sum())
         timing = {
@@ -222,45 +224,15 @@ class Trainer:
         for part in self.policy.micro_batches(acting, self.recipe.train.micro_batch_tokens):
             yield live[part]
             done += len(part)
-            self._progress("update", done, len(live), 0)
+            self.observer.progress("update", done, len(live), 0)
 
     # -- measuring ----------------------------------------------------------------------------------
-
-    def _record(
-        self, step: int, collected: Collected, plan: Plan, measured: dict[str, float], norms: list[float], skipped: int
-    ) -> dict[str, Any]:
-        rollouts = collected.rollouts
-        record: dict[str, Any] = {
-            "step": step + 1,
-            "kind": "train",
-            "reward": collected.first_reward,
-            "accuracy": collected.first_accuracy,
-            "response_length": float(rollouts.lengths.float().mean()),
-            "lr": self.optimizer.learning_rate(step),
-            "loss": measured.pop("loss", 0.0),
-            "grad_norm": sum(norms) / len(norms) if norms else 0.0,
-        }
-        if rollouts.sampler_logprobs is not None:
-            # On policy the mean of -log pi(sampled token) estimates the entropy without another pass.
-            record["entropy"] = -float(masked_mean(rollouts.sampler_logprobs, rollouts.mask))
-        if rollouts.truncated is not None:
-            record["truncated"] = float(rollouts.truncated.float().mean())
-        if self.algorithm.refill:
-            record |= {"sampling/rounds": collected.rounds, "sampling/groups": collected.sampled_groups}
-        for name, values in rollouts.reward_components.items():
-            if len(rollouts.reward_components) > 1:
-                record[f"reward/{name}"] = float(values.nanmean())
-        record |= {"verifier_errors": collected.errors} if collected.errors else {}
-        record |= {"skipped_updates": skipped} if skipped else {}
-        for text in collected.messages:
-            self.observer.message(f"verifier: {text}")
-        return record | {f"plan/{k}": v for k, v in plan.metrics.items()} | measured
 
     def _evaluate(self, step: int, samples: int | None) -> Evaluation:
         config = self.recipe.train.eval
         # At the last budget, so that evaluations of one run compare.
         items = [shown(item, 1.0) for item in self.task.heldout[: config.problems]]
-        with self._diagnosed(f"evaluation after step {step}"):
+        with diagnosed(f"evaluation after step {step}", self.policy, self.run.path):
             result = evaluate(
                 self.examiner,
                 items,
@@ -269,7 +241,7 @@ class Trainer:
                 temperature=config.temperature,
                 stop=self.recipe.rollout.stop,
                 seed=self.recipe.train.seed,
-                report=partial(self._progress, "evaluate"),
+                report=partial(self.observer.progress, "evaluate"),
             )
         record = result.record(step)
         self.run.append("metrics.jsonl", record)
@@ -281,20 +253,10 @@ class Trainer:
             self.run.append("samples.jsonl", {"step": step, **line, "expected": str(line["expected"])})
 
     def _enough(self, evaluation: Evaluation) -> bool:
-        stop = self.recipe.train.early_stop
-        if stop is None:
-            return False
-        value = evaluation.greedy if stop.metric == "greedy" else evaluation.sampled
-        if value is None:
-            return False
-        self.best.append(value)
-        if stop.target is not None and value >= stop.target:
-            self.observer.message(f"stopping: held-out {stop.metric} accuracy {value:.3f} reached {stop.target}")
-            return True
-        if stop.patience is not None and len(self.best) - 1 - self.best.index(max(self.best)) >= stop.patience:
-            self.observer.message(f"stopping: no better {stop.metric} accuracy in {stop.patience} evaluations")
-            return True
-        return False
+        reason = reason_to_stop(self.recipe.train.early_stop, evaluation, self.best)
+        if reason is not None:
+            self.observer.message(f"stopping: {reason}")
+        return reason is not None
 
     def _dump(self, collected: Collected, plan: Plan, step: int) -> None:
         every = self.recipe.log.tokens_every
@@ -306,9 +268,6 @@ class Trainer:
             for line in lines:
                 self.run.append("tokens.jsonl", line)
 
-    def _progress(self, stage: str, done: int, total: int, tokens: int) -> None:
-        self.observer.progress(stage, done, total, tokens)
-
     # -- trouble ------------------------------------------------------------------------------------
 
     def _skipped(self, step: int, folder: Path, what: str) -> None:
@@ -317,37 +276,8 @@ class Trainer:
     def _count_bad(self, bad: bool) -> None:
         self.bad_steps = self.bad_steps + 1 if bad else 0
         if self.bad_steps >= MAX_BAD_STEPS:
-            raise TrainingDiverged(
-                self._diagnosis(
-                    f"{MAX_BAD_STEPS} steps in a row were skipped; their batches are in {self.run.path / 'bad'}"
-                )
-            )
-
-    @contextmanager
-    def _diagnosed(self, when: str) -> Iterator[None]:
-        """Sampling from a model whose logits are not numbers ends the run with a diagnosis."""
-        try:
-            yield
-        except FloatingPointError as error:
-            raise TrainingDiverged(self._diagnosis(f"{when}: {error}")) from error
-
-    def _broken(self) -> list[str]:
-        return [n for n, p in self.policy.trainable_parameters() if not bool(p.isfinite().all())]
-
-    def _diagnosis(self, what: str) -> str:
-        broken = self._broken()
-        cause = (
-            f"{len(broken)} weights are not finite, first {broken[0]!r}: an earlier update did the damage"
-            if broken
-            else "the weights are finite: the batch itself, or a part of the algorithm, gives what is not a number"
-        )
-        saved = checkpoint.steps(self.run.path / "checkpoints")
-        back = f"its checkpoint of step {saved[-1]}" if saved else "its beginning"
-        return (
-            f"{what}. Now {cause}. Usual remedies: a lower train.learning_rate, a smaller train.max_grad_norm, "
-            f"model.autocast=none instead of bf16. `tokenloom train --resume {self.run.path} KEY=VALUE` goes on from "
-            f"{back}"
-        )
+            what = f"{MAX_BAD_STEPS} steps in a row were skipped; their batches are in {self.run.path / 'bad'}"
+            raise TrainingDiverged(diagnosis(what, self.policy, self.run.path))
 
     # -- saving -------------------------------------------------------------------------------------
 
@@ -357,50 +287,11 @@ class Trainer:
         Raises:
             TrainingDiverged: when weights are not finite; the checkpoint before stays.
         """
-        if self._broken():
-            raise TrainingDiverged(self._diagnosis(f"after step {self.done} no checkpoint was written"))
-        progress = {
-            "data": self.stream.position,
-            "problems": self.stream.fingerprint,
-            "files": self.run.sizes(),
-            "best": self.best,
-            "bad_steps": self.bad_steps,
-            "stopped": self.stopped,
-            "before": _plain(self.before),
-            "after": _plain(self.after),
-        }
-        checkpoint.save(
-            self.run.path / "checkpoints",
-            checkpoint.Checkpoint(
-                step=self.done,
-                weights=self.policy.state_dict(),
-                optimizer=self.optimizer.state(),
-                algorithm=self.state,
-                progress=progress,
-            ),
-            keep=self.recipe.train.keep_checkpoints,
-        )
+        saving.save_checkpoint(self)
 
     def restore(self) -> int:
         """Continue from the newest whole checkpoint; returns its step (0 without one)."""
-        found = checkpoint.load_newest(self.run.path / "checkpoints")
-        cut(self.run.path, found.step if found else 0)
-        if found is None:
-            self.run.cut({})
-            return 0
-        checkpoint.tidy(self.run.path / "checkpoints", keep=self.recipe.train.keep_checkpoints)
-        self.policy.load_state_dict(found.weights)
-        self.optimizer.load(found.optimizer)
-        self.state, self.done = found.algorithm, found.step
-        self.stream.restore(found.progress["data"])
-        if found.progress["problems"] != self.stream.fingerprint:
-            self.observer.message("the training problems are not those that the run was begun with; on with the new")
-        self.best, self.bad_steps = found.progress["best"], found.progress["bad_steps"]
-        self.stopped = found.progress["stopped"]
-        self.before, self.after = _evaluation(found.progress["before"]), _evaluation(found.progress["after"])
-        for name in self.run.cut(found.progress["files"]):
-            self.observer.message(f"{name} is shorter than it was at the checkpoint; the lines that are gone stay gone")
-        return self.done
+        return saving.restore(self)
 
     def reconsider(self) -> None:
         """Forget why the run stopped: the recipe has changed since."""
@@ -408,19 +299,4 @@ class Trainer:
 
     def save_model(self) -> None:
         """Write `model/`, an ordinary Hugging Face folder, in one piece."""
-        target, temporary = self.run.path / "model", self.run.path / ".model-writing"
-        shutil.rmtree(temporary, ignore_errors=True)
-        self.policy.save(temporary)
-        checkpoint.flush(temporary)
-        shutil.rmtree(target, ignore_errors=True)
-        os.rename(temporary, target)
-
-
-def _plain(evaluation: Evaluation | None) -> dict[str, Any] | None:
-    if evaluation is None:
-        return None
-    return {n: getattr(evaluation, n) for n in ("problems", "samples", "greedy", "sampled")}
-
-
-def _evaluation(plain: dict[str, Any] | None) -> Evaluation | None:
-    return None if plain is None else Evaluation(**plain)
+        saving.save_model(self.policy, self.run.path)

@@ -15,7 +15,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tokenloom.algorithm import Algorithm
-from tokenloom.catalog import suggest
+from tokenloom.hints import suggest
 from tokenloom.policy.config import ModelConfig, ValueHeadSection
 from tokenloom.rollout.config import RolloutConfig
 from tokenloom.tasks.config import TaskConfig

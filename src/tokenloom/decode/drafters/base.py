@@ -5,6 +5,7 @@ Letters: B live rows, n tokens of a row in the last forward, V vocabulary.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ class Round:
     """Those scores [V] after all processors; None when there are none."""
 
 
-class Drafter:
+class Drafter(ABC):
     """Base of drafters: subclasses write `draft`, and what else they need.
 
     Attributes:
@@ -87,9 +88,9 @@ class Drafter:
         """The shape that is likeliest to come true behind `text`; None: that follows from the class of chances."""
         return None
 
+    @abstractmethod
     def draft(self, asks: Sequence[Ask]) -> list[DraftTree]:
         """The trees of all live rows, in their order; shapes without nodes get `EMPTY`."""
-        raise NotImplementedError(f"{type(self).__name__} has to write draft(); the other methods are optional")
 
     def probes(self, ask: Ask, tree: DraftTree) -> tuple[list[int], list[int]]:
         """Tokens and parents of nodes, behind those of `tree`, that are read along with it for their scores alone."""
@@ -99,10 +100,10 @@ class Drafter:
         """The number of probes of a tree of `drafts` nodes."""
         return 0
 
-    def learn(self, rounds: Sequence[Round], scores: Tensor) -> None:
+    def learn(self, rounds: Sequence[Round], scores: Tensor) -> None:  # noqa: B027  # not all do
         """Scores [B, n, V] as the model gave them: behind the text, behind each node, each probe; then fillers."""
 
-    def keep(self, places: Sequence[int]) -> None:
+    def keep(self, places: Sequence[int]) -> None:  # noqa: B027  # not all hold something of their rows
         """Go on with the live rows at these places."""
 
 
