@@ -48,3 +48,15 @@ def test_clusters_find_what_lies_together() -> None:
     assert len(labels[:20].unique()) == len(labels[20:].unique()) == 1
     assert labels[0] != labels[20]
     assert torch.equal(clusters(rows, 40), clusters(rows, 40))
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"), [({"most": 0}, "at least one token"), ({"epsilon": 1.5}, "in .0, 1")]
+)
+def test_what_cannot_be_is_refused_before_anything_is_drawn(parameters: dict[str, float], message: str) -> None:
+    model = tiny_llama()
+    state = torch.get_rng_state()
+    with pytest.raises(ValueError, match=message):
+        shaper("basis-aware-truncation", model=model, **parameters)
+    shaper("basis-aware-truncation", model=model, constraints=2, variables=8)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -70,5 +70,7 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one example"):
         ContextStore.build(model, [([1], [])])
     store = ContextStore(torch.zeros(1, 16), torch.zeros(1, 32))
+    with pytest.raises(ValueError, match="top_n must be 1 or more"):
+        shaper("caad", model=model, store=store, top_n=0)
     with pytest.raises(ValueError, match="scores of 32 tokens and the model has 64"):
         shaper("caad", model=model, store=store)(torch.tensor([[3]]), torch.zeros(1, 64))

@@ -51,6 +51,8 @@ def test_beta_zero_is_min_p_and_greedy_stays() -> None:
 def test_an_amateur_is_asked_for_and_must_share_the_vocabulary() -> None:
     with pytest.raises(ValueError, match="needs amateur"):
         shaper("contrastive-decoding")
+    with pytest.raises(ValueError, match=r"alpha is a share .* got 2"):
+        shaper("contrastive-decoding", amateur=tiny_gpt2(), alpha=2.0)
     shaped = [shaper("contrastive-decoding", amateur=tiny_gpt2(vocab=32))]
     with pytest.raises(ValueError, match="vocabulary of 32 tokens"):
         tiny_llama().generate(IDS % 32, do_sample=False, logits_processor=shaped, **GIVEN)

@@ -16,7 +16,7 @@ WAIT, SPACED, END = 20, 21, (30, 31)
 class Tokenizer:
     """Some words of one token, an end of thinking of two."""
 
-    known = {"wait": [WAIT], " wait": [SPACED], "but": [22, 23], " but": [24, 23], "</think>": list(END)}  # noqa: RUF012
+    known = {"wait": [WAIT], " wait": [SPACED], "but": [22, 23], " but": [24, 23], "</think>": list(END), " ": [45]}  # noqa: RUF012
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         assert not add_special_tokens
@@ -88,6 +88,8 @@ def test_under_generate() -> None:
 
 def test_words_of_several_tokens_are_skipped() -> None:
     assert build().reflection_ids == [WAIT, SPACED]
+    spaced = shaper("cyclicreflex", tokenizer=Tokenizer(), words=" wait , but,")
+    assert spaced.reflection_ids == [WAIT, SPACED], "spaces around words and empty words are none of the words"
     with pytest.raises(ValueError, match="none of but, Hmm is one token of Tokenizer"):
         shaper("cyclicreflex", tokenizer=Tokenizer(), words="but,Hmm")
     with pytest.raises(ValueError, match="above 0"):

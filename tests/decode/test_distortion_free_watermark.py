@@ -97,6 +97,35 @@ def test_a_shapers_text_is_found_and_each_row_keeps_its_elements() -> None:
     assert int(start(later, law[:1]).argmax()) == int(key.choose(law[:1].exp(), [7 + 3]))
 
 
+def test_key_elements_are_finer_than_the_least_masses() -> None:
+    element = WatermarkKey(3, V)._element(0)
+    assert element.dtype == torch.float64
+    assert bool((element != element.float()).any())
+
+
+@pytest.mark.parametrize("kind", ["exp", "its"])
+def test_all_digits_of_a_secret_matter(kind: str) -> None:
+    text = list(range(10))
+    keys = [WatermarkKey(s, V, length=4, kind=kind) for s in (5, 5 + 2**32, 5 + 2**99, -5, 5)]  # type: ignore[arg-type]
+    costs = [key.costs(text) for key in keys]
+    assert torch.equal(costs[0], costs[4])
+    assert not any(torch.equal(costs[0], other) for other in costs[1:4])
+
+
+def test_a_shaper_forgets_the_texts_that_went_on() -> None:
+    shaper, ids = WatermarkShaper(length=16), IDS
+    for _ in range(20):
+        chosen = shaper(ids, torch.zeros(2, V)).argmax(-1)
+        assert len(shaper._offsets) == 2
+        ids = torch.cat((ids, chosen[:, None]), 1)
+
+
+def test_the_detector_by_name_says_the_same() -> None:
+    text = torch.randint(V, (12,), generator=_generator()).tolist()
+    found = decode.build("detector", "distortion-free-watermark", {"vocabulary": V}, length=16, resamples=19)(text)
+    assert tuple(found) == tuple(vars(detect(text, WatermarkKey(0, V, length=16), resamples=19)).values())
+
+
 def test_detection_is_fast_enough() -> None:
     text = torch.randint(50_000, (200,), generator=_generator()).tolist()
     key = WatermarkKey(1, 50_000)
@@ -115,6 +144,12 @@ def test_bad_input() -> None:
         detect([], WatermarkKey(0, V))
     with pytest.raises(ValueError, match="'exp' or 'its'"):
         WatermarkKey(0, V, kind="sum")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="temperature"):
-        WatermarkShaper(temperature=0.0)
+    with pytest.raises(ValueError, match="resamples = 0"):
+        detect([1], WatermarkKey(0, V), resamples=0)
+    for build in (decode.shaper, decode.loop):
+        with pytest.raises(ValueError, match="at least one element"):
+            build("distortion-free-watermark", length=0)
+    for temperature in (0.0, float("nan")):
+        with pytest.raises(ValueError, match="temperature"):
+            WatermarkShaper(temperature=temperature)
     assert generated_tokens([5, 6, 7, 0, 0], 1, pad=0) == [6, 7]

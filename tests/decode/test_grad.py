@@ -66,5 +66,7 @@ def test_generation_follows_the_graph_and_an_empty_one_changes_nothing(tmp_path:
 
 def test_a_graph_of_another_tokenizer_is_refused() -> None:
     graph = TransitionGraph(torch.tensor([[3, 70]]), torch.ones(1))
+    with pytest.raises(ValueError, match="share of the graph"):
+        shaper("grad", graph=graph, lambda_max=2.0)
     with pytest.raises(ValueError, match="token 70 and the model 64"):
         shaper("grad", graph=graph)(torch.tensor([[3]]), torch.zeros(1, 64))

@@ -43,6 +43,13 @@ class _OddsSession(TableSession):
         return torch.tensor(found, dtype=torch.float64).logit().clamp(-40, 40)
 
 
+def test_ids_that_fill_up_the_vocabulary_are_not_favored() -> None:
+    head = odds_model(tiny_llama(vocab=200, seed=3), 200)
+    found = Nado(head)(torch.tensor([[5, 9]]), torch.zeros(1, 201))
+    assert float(found[0, 200]) < -30
+    torch.testing.assert_close(found[0, :200].exp().sum(), torch.tensor(1.0))
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_decoding_follows_the_conditional_law(seed: int) -> None:
     model, length = TableLM.random(3, seed), 3

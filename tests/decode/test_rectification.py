@@ -48,6 +48,15 @@ def test_dead_ends_warn_once_and_count() -> None:
     assert shaper.dead_ends == 2
 
 
+def test_ids_that_fill_up_the_vocabulary_are_no_way_out() -> None:
+    shaper = Rectification(value_model(tiny_llama(vocab=200, seed=3), 200))
+    scores = torch.full((1, 202), -torch.inf)
+    scores[0, [7, 200, 201]] = torch.tensor([1.0, 0.0, 0.0])
+    with pytest.warns(UserWarning, match="dead end"):
+        found = shaper(IDS[:1], scores)
+    assert float(found.softmax(-1)[0, 200:].sum()) < 1e-6
+
+
 def test_values_of_undesired_tokens_are_learned() -> None:
     # A text is undesired iff it has token 5, which then dooms what follows.
     values = value_model(tiny_llama(vocab=12, seed=4), 12)

@@ -47,14 +47,17 @@ class BasisAwareTruncation(LogitsProcessor):
         """See the class.
 
         Raises:
-            ValueError: when SciPy is missing.
+            ValueError: when SciPy is missing, or for parameters that cannot be.
         """
         _optimize()
+        self._options: dict[str, Any] = {"base": base, "epsilon": epsilon, "p": p, "most": most, "nonneg": nonneg}
+        basis_aware_truncation(
+            torch.ones(1), torch.zeros(1, 0), feasible, RandomDraw(torch.Generator()), **self._options
+        )
         self.basis = main_directions(model.get_output_embeddings().weight, constraints)
         fuse = 0 < variables < len(self.basis)
         self.groups = clusters(self.basis, max(1, variables // 2)) if fuse else None
         self.draw: Draw = RandomDraw()
-        self._options: dict[str, Any] = {"base": base, "epsilon": epsilon, "p": p, "most": most, "nonneg": nonneg}
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores [B, V] after ids [B, T], -inf for all tokens but one of each row."""

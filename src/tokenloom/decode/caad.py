@@ -105,12 +105,18 @@ class Caad(LogitsProcessor):
         temperature: float = 0.1,
         threshold: float = 0.0,
     ) -> None:
+        """See the class.
+
+        Raises:
+            ValueError: for a top_n below 1 or a temperature not above 0.
+        """
         self.store: ContextStore = ContextStore.load(store) if isinstance(store, str | Path) else store
         self.aux = Aux(Headed(model, nn.Identity()))
         self._embed: Embed = self.aux.scores if embed is None else embed
         self._options: dict[str, Any] = {
             "alpha": alpha, "top_n": top_n, "temperature": temperature, "threshold": threshold,
         }  # fmt: skip
+        caad(*torch.zeros(4, 1, 1), **self._options)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores [B, V] after ids [B, T].

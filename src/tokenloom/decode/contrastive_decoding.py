@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from transformers import LogitsProcessor
 
@@ -26,10 +27,16 @@ class ContrastiveDecoding(LogitsProcessor):
         form: Literal["original", "later"] = "original",
         amateur_temperature: float = 1.0,
     ) -> None:
+        """See the class.
+
+        Raises:
+            ValueError: for parameters that cannot be.
+        """
         self.aux = Aux(amateur)
         self._options: dict[str, Any] = {
             "alpha": alpha, "beta": beta, "form": form, "amateur_temperature": amateur_temperature,
         }  # fmt: skip
+        contrastive_decoding(torch.zeros(1, 1), torch.zeros(1, 1), **self._options)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores [B, V] after ids [B, T]."""

@@ -43,7 +43,7 @@ class CyclicReflex(LogitsProcessor):
         """
         if not period > 0:
             raise ValueError(f"cyclicreflex: the period is a number of tokens above 0, got {period}")
-        self.reflection_ids = reflection_ids(tokenizer, words.split(","))
+        self.reflection_ids = reflection_ids(tokenizer, [w.strip() for w in words.split(",") if w.strip()])
         self.end_ids = tokenizer.encode(end_of_thinking, add_special_tokens=False) if end_of_thinking else []
         self._options: dict[str, Any] = {
             "amplitude": amplitude, "period": period, "shift": shift, "start": start, "stop": stop,

@@ -9,6 +9,7 @@ the model's law exactly, averaged over keys.
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -50,12 +51,11 @@ class WatermarkKey:
         Raises:
             ValueError: for an empty key or an unknown kind.
         """
-        if length < 1 or kind not in _GAMMA:
-            raise ValueError(f"a watermark key has at least one element and is 'exp' or 'its', got {length}, {kind!r}")
+        _check(length, kind)
         self.secret, self.vocabulary, self.length, self.kind = secret, vocabulary, length, kind
-        generator = torch.Generator().manual_seed(secret)
-        self._seeds = torch.randint(2**62, (length,), generator=generator).tolist()
+        self._seeds = [_seed(secret, str(j)) for j in range(length)]
         if kind == "its":
+            generator = torch.Generator().manual_seed(_seed(secret, "order"))
             self._u = torch.rand(length, generator=generator, dtype=torch.float64)
             self._permutation = torch.randperm(vocabulary, generator=generator)
             self._place = torch.empty_like(self._permutation)
@@ -74,10 +74,11 @@ class WatermarkKey:
         ids = torch.tensor(list(tokens))
         if self.kind == "its":
             return its_costs(self._u[None].float(), self._place[ids][None] / self.vocabulary)
-        return exp_costs(torch.stack([self._element(j)[ids] for j in range(self.length)], 1))[None]
+        return exp_costs(torch.stack([self._element(j)[ids] for j in range(self.length)], 1)).float()[None]
 
     def _element(self, j: int) -> Tensor:
-        return torch.rand(self.vocabulary, generator=torch.Generator().manual_seed(self._seeds[j]))
+        generator = torch.Generator().manual_seed(self._seeds[j])
+        return torch.rand(self.vocabulary, generator=generator, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,11 @@ def detect(
     same ones, so that a text has one p-value.
 
     Raises:
-        ValueError: for an empty text, a token outside the vocabulary, or a block that is longer than the text.
+        ValueError: for an empty text, a token outside the vocabulary, a block that is longer than the text, or no
+            random keys.
     """
+    if resamples < 1:
+        raise ValueError(f"a p-value needs random keys to compare with, one at least; got resamples = {resamples}")
     if not tokens or not all(0 <= t < key.vocabulary for t in tokens):
         raise ValueError(f"a text to examine needs tokens, all of them below the key's vocabulary, {key.vocabulary}")
     penalty = _GAMMA[key.kind] if gamma is None else gamma
@@ -151,6 +155,7 @@ class DistortionFreeWatermark(Loop):
     """
 
     def __init__(self, *, key: int = 0, length: int = 256, kind: Literal["exp", "its"] = "exp") -> None:
+        _check(length, kind)
         self.key, self.length, self.kind = key, length, kind
         self.offsets: list[int] = []
         """First key element of each row of the last call."""
@@ -200,8 +205,9 @@ class WatermarkShaper(LogitsProcessor):
         kind: Literal["exp", "its"] = "exp",
         temperature: float = 1.0,
     ) -> None:
-        if temperature <= 0:
+        if not temperature > 0:
             raise ValueError(f"distortion-free-watermark: temperature must be above 0, got {temperature}")
+        _check(length, kind)
         self.key, self.length, self.kind, self.temperature = key, length, kind, temperature
         self._made: WatermarkKey | None = None
         self._offsets: OrderedDict[tuple[int, ...], list[int]] = OrderedDict()
@@ -218,6 +224,8 @@ class WatermarkShaper(LogitsProcessor):
         # Rows with the same text so far may swap their offsets: each of them would have written it.
         before = self._offsets.get(ids[:-1])
         offset = before.pop() if before else (self.draw or RandomDraw()).categorical(torch.ones(self.length))
+        if before == []:
+            del self._offsets[ids[:-1]]
         self._offsets.setdefault(ids, []).append(offset)
         while len(self._offsets) > _TEXTS:
             self._offsets.popitem(last=False)
@@ -230,3 +238,13 @@ def generated_tokens(ids: Any, prompt_length: int, pad: int | None = None) -> li
     while new and new[-1] == pad:
         new.pop()
     return new
+
+
+def _seed(secret: int, use: str) -> int:
+    # PyTorch's generator takes 32 bits of a seed; every digit of the secret shall matter.
+    return int.from_bytes(hashlib.sha256(f"{secret} {use}".encode()).digest()[:4], "little")
+
+
+def _check(length: int, kind: str) -> None:
+    if length < 1 or kind not in _GAMMA:
+        raise ValueError(f"a watermark key has at least one element and is 'exp' or 'its', got {length}, {kind!r}")

@@ -98,8 +98,14 @@ class Grad(LogitsProcessor):
         adaptive: bool = True,
         scale: Literal["range", "max"] = "range",
     ) -> None:
+        """See the class.
+
+        Raises:
+            ValueError: for lambda_max outside [0, 1].
+        """
         self.graph: TransitionGraph = TransitionGraph.load(graph) if isinstance(graph, str | Path) else graph
         self._options: dict[str, Any] = {"lambda_max": lambda_max, "adaptive": adaptive, "scale": scale}
+        grad(torch.zeros(1, 1), torch.zeros(1, 1), **self._options)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores [B, V] after ids [B, T]."""

@@ -38,5 +38,5 @@ class GreenListWatermark(LogitsProcessor):
         green = torch.zeros(scores.shape, dtype=torch.bool)
         for row, before in enumerate(input_ids[:, -self._context :].tolist()):
             ids = green_ids(before, scores.shape[-1], gamma=self._gamma, key=self._key, context=self._context)
-            green[row, ids] = True
+            green[row].index_fill_(0, ids, True)
         return green_list_watermark(wide(scores), green.to(scores.device), delta=self._delta).to(scores.dtype)

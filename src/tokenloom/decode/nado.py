@@ -36,7 +36,8 @@ class Nado(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores [B, V] after the ids [B, T]."""
         given = wide(scores)
-        odds = aligned(self.aux.next(input_ids), given.shape[1], missing=0.0).to(given)
+        # Ids that only fill up the decoded model's vocabulary have no odds, and must not look better than those with.
+        odds = aligned(self.aux.next(input_ids), given.shape[1]).to(given)
         return nado(given, odds, alpha_p=self.alpha_p, alpha=self.alpha).to(scores.dtype)
 
 

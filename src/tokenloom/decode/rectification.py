@@ -42,7 +42,8 @@ class Rectification(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Scores [B, V] after the ids [B, T]."""
         given = wide(scores)
-        values = aligned(self.aux.next(input_ids), given.shape[1], missing=0.0).to(given)
+        # Ids that only fill up the decoded model's vocabulary are not safe: they would hide dead ends.
+        values = aligned(self.aux.next(input_ids), given.shape[1]).to(given)
         lost = int((~feasible(given, values, epsilon=self.epsilon)).sum())
         if lost and not self.dead_ends:
             warnings.warn(

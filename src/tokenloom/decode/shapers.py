@@ -7,6 +7,7 @@ Letters: B rows, T ids so far (left padding included, as `generate` hands them o
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,7 @@ class Truncate(LogitsProcessor):
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         keep = self.rule(wide(scores).softmax(-1))
-        return scores.masked_fill(~keep, -torch.inf)
+        return torch.where(keep, scores, -torch.inf)
 
 
 class Shape(LogitsProcessor):
@@ -41,7 +42,7 @@ class Shape(LogitsProcessor):
 
 def wide(scores: Tensor) -> Tensor:
     """Scores in float32 at least."""
-    return scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return scores if scores.dtype == torch.float32 else scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 def rule_shaper(part: Part) -> Callable[..., LogitsProcessor]:
@@ -51,7 +52,7 @@ def rule_shaper(part: Part) -> Callable[..., LogitsProcessor]:
 
     def build(**parameters: Any) -> LogitsProcessor:
         part.function(torch.full((1, 2), 0.5), **parameters)  # impossible parameters are told now
-        return wrapper(lambda given: part.function(given, **parameters))
+        return wrapper(functools.partial(part.function, **parameters))
 
     assert not optional, f"{part.name}: a rule that is a shaper by itself takes nothing but {list(part.inputs)}"
     build.__doc__ = inspect.getdoc(part.function)

@@ -5,9 +5,9 @@
 
 Each request names its shapers and their parameters; they are applied in this order, to logits as the model gives them:
 vLLM divides by its own temperature afterwards, so a "temperature" of Tokenloom's comes first where a rule shall see the
-law after it. Rules of one law, the green-list watermark and CyclicReflex are served; what needs a second model or draws
-is refused. vLLM calls this interface with its V1 model runner (VLLM_USE_V2_MODEL_RUNNER=0 from 0.32 on) and is imported
-only when `TokenloomProcessor` is asked for.
+law after it. Rules of one law, both watermarks and CyclicReflex are served; what needs a second model is refused. vLLM
+calls this interface with its V1 model runner (VLLM_USE_V2_MODEL_RUNNER=0 from 0.32 on) and is imported only when
+`TokenloomProcessor` is asked for.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenloom.catalog import check_parameters, suggest
 from tokenloom.decode.cyclicreflex import CyclicReflex
 from tokenloom.decode.registry import build, decoders
+from tokenloom.hints import suggest
+from tokenloom.parameters import check_parameters
 
 KEY = "tokenloom"
 """Of `SamplingParams.extra_args`."""

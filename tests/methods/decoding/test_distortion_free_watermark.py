@@ -51,6 +51,13 @@ def test_exp_region_has_the_area_of_the_law() -> None:
     assert pytest.approx(0.3) == 1 - 1 / (1 + 0.3 / 0.7)
 
 
+def test_exp_gives_tokens_of_little_mass_their_share() -> None:
+    # Each of n elements lets token 1 win with probability 1e-9 where its number is 1 - 5e-10 and the other's is 0.5.
+    p = torch.tensor([[1 - 1e-9, 1e-9]], dtype=torch.float64)
+    assert exp_choice(p, torch.tensor([[0.5, 1 - 5e-10]], dtype=torch.float64)).tolist() == [1]
+    assert exp_choice(p, torch.tensor([[0.5, 1 - 8e-10]], dtype=torch.float64)).tolist() == [0]
+
+
 def test_exp_edges() -> None:
     xi = torch.tensor([[0.0, 1.0, 0.5], [1.0, 0.0, 0.0]])
     probs = torch.tensor([[0.5, 0.0, 0.5], [0.0, 0.0, 1.0]])

@@ -30,6 +30,15 @@ def test_green_scores_rise_and_others_stay() -> None:
     assert torch.equal(green_list_watermark(found, green, delta=0.0), found)
 
 
+def test_an_infinite_delta_allows_green_tokens_only() -> None:
+    scores = torch.tensor([[1.0, -torch.inf, 0.5, 2.0], [1.0, -torch.inf, 0.5, 2.0], [-torch.inf, 3.0, 0.5, 2.0]])
+    green = torch.tensor([[True, True, True, False], [False, True, False, False], [False, True, False, True]])
+    found = green_list_watermark(scores, green, delta=math.inf)
+    none = -math.inf
+    # The green token of the second row is impossible: its law stays as it is.
+    assert found.tolist() == [[1.0, none, 0.5, none], scores[1].tolist(), [none, 3.0, none, 2.0]]
+
+
 def test_sets_have_their_size_and_follow_key_and_context() -> None:
     sets = {t: green_tokens([t], 100, gamma=0.25, key=KEY) for t in range(1, 40)}
     assert {len(s) for s in sets.values()} == {25}
@@ -96,6 +105,8 @@ def test_what_cannot_be_is_refused() -> None:
         detect([5], 64)
     with pytest.raises(ValueError, match="gamma is the green share"):
         detect([5, 6], 64, gamma=0.001)
+    with pytest.raises(ValueError, match="has token 64 and the vocabulary 64 tokens; give the width"):
+        detect([5, 64, 6], 64)
     with pytest.raises(ValueError, match="1 at least, and 1 are there"):
         green_tokens([5], 64, gamma=0.25, key=KEY, context=2)
     with pytest.raises(ValueError, match="0 or more"):

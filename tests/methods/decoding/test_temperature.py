@@ -27,5 +27,12 @@ def test_towards_zero_it_is_greedy_and_zero_is_refused() -> None:
             temperature(P.log(), temperature=tau)
 
 
+def test_no_temperature_makes_impossible_tokens_possible() -> None:
+    scores = torch.tensor([[1.0, -torch.inf, -1.0]])
+    assert temperature(scores, temperature=1e6).softmax(-1)[0].tolist() == pytest.approx([0.5, 0.0, 0.5], abs=1e-6)
+    with pytest.raises(ValueError, match="must be finite"):
+        temperature(scores, temperature=float("inf"))
+
+
 def test_by_name() -> None:
     assert torch.equal(shaper("temperature", temperature=2.0)(torch.zeros(1, 1), P), P / 2)

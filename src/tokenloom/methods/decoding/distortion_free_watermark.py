@@ -9,8 +9,10 @@ Statistic: the least cost of aligning k successive tokens with k successive key 
             tokens deleted or inserted
 p-value: (1 + #{statistic of a random key <= ours}) / (1 + number of random keys).
 
-Letters: T keys, m tokens, n key elements, k tokens of a block, V vocabulary. Deviations: ξ is clipped off 0 and 1, the
-p-value has the two ones that make it valid, ITS never gives a token of mass 0. Fidelity: code.
+Letters: T keys, m tokens, n key elements, k tokens of a block, V vocabulary. Deviations: ξ is clipped off 0, and off 1
+in costs; it is wanted in float64, as float32's steps of 6e-8 below 1 leave out all tokens below some 1e-7, which hold
+4e-4 of a SmolLM2's mass; the p-value has the two ones that make it valid; ITS never gives a token of mass 0. Fidelity:
+code.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ _CELLS = 1 << 18
 @part("distortion-free-watermark", stage="choose", scope="row", paper=_PAPER)
 def exp_choice(probs: Tensor, xi: Tensor) -> Tensor:
     """EXP's tokens [B] for laws [B, V] and key elements [B, V] in [0, 1)."""
-    wait = -xi.double().clamp(_LEAST, _MOST).log() / probs.double()
+    wait = -xi.double().clamp(min=_LEAST).log() / probs.double()
     return wait.masked_fill(probs <= 0, torch.inf).argmin(-1)
 
 

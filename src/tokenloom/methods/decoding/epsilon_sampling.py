@@ -20,4 +20,4 @@ def epsilon_sampling(probs: Tensor, *, epsilon: float = 3e-4) -> Tensor:
     """
     if not 0 < epsilon < 1:
         raise ValueError(f"epsilon-sampling: epsilon is a probability in (0, 1), got {epsilon}")
-    return (probs >= epsilon) | (probs == probs.amax(-1, keepdim=True))
+    return probs >= probs.amax(-1, keepdim=True).clamp(max=epsilon)

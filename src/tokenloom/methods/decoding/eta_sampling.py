@@ -23,7 +23,7 @@ def eta_sampling(probs: Tensor, *, epsilon: float = 3e-4) -> Tensor:
         ValueError: for epsilon outside (0, 1).
     """
     probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
-    return (probs >= eta_threshold(probs, epsilon)[:, None]) | (probs == probs.amax(-1, keepdim=True))
+    return probs >= torch.minimum(eta_threshold(probs, epsilon)[:, None], probs.amax(-1, keepdim=True))
 
 
 def eta_threshold(probs: Tensor, epsilon: float) -> Tensor:
@@ -34,5 +34,6 @@ def eta_threshold(probs: Tensor, epsilon: float) -> Tensor:
     """
     if not 0 < epsilon < 1:
         raise ValueError(f"eta-sampling: epsilon is a probability in (0, 1), got {epsilon}")
-    entropy: Tensor = torch.special.entr(probs).sum(-1)
-    return (math.sqrt(epsilon) * torch.exp(-entropy)).clamp(max=epsilon)
+    # Minus the entropy; 0 times minus infinity is 0 here.
+    negentropy = (probs * probs.log()).nansum(-1)
+    return (math.sqrt(epsilon) * negentropy.exp()).clamp(max=epsilon)

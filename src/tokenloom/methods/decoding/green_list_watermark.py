@@ -4,10 +4,10 @@ Each step's green set has floor(gamma V) tokens, chosen by a generator whose see
 z'_v = z_v + delta for green v. A text with G green of n tokens has
 z = (G - gamma n) / sqrt(n gamma (1 - gamma)),   p-value = P(Binomial(n, gamma) >= G) without a watermark.
 The law of the text is distorted (contrast `distortion-free-watermark`). Limits: delta = 0 leaves the law; delta =
-infinity allows green tokens only. With one token of context the sets equal those of transformers'
-`WatermarkLogitsProcessor` ("lefthash") on the CPU. Deviations: the p-value is the exact binomial tail, where the normal
-one of z is too small for short texts; gamma stands for the share that floor(gamma V) / V really is; tokens that repeat
-within the same context are counted once, for they are no independent evidence. Fidelity: code.
+infinity allows green tokens only, in rows where one is possible. With one token of context the sets equal those of
+transformers' `WatermarkLogitsProcessor` ("lefthash") on the CPU. Deviations: the p-value is the exact binomial tail,
+where the normal one of z is too small for short texts; gamma stands for the share that floor(gamma V) / V really is;
+tokens that repeat within the same context are counted once, for they are no independent evidence. Fidelity: code.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ def green_list_watermark(scores: Tensor, green: Tensor, *, delta: float = 2.0) -
     """
     if not delta >= 0:
         raise ValueError(f"green-list-watermark: delta raises green tokens and must be 0 or more, got {delta}")
-    return torch.where(green, scores + delta, scores)
+    if delta < math.inf:
+        return torch.where(green, scores + delta, scores)
+    alone = scores.masked_fill(~green, -torch.inf)
+    return torch.where((alone > -torch.inf).any(-1, keepdim=True), alone, scores)
 
 
 @part("green-list-watermark/detect", stage="analysis", scope="row", paper="arXiv:2301.10226")
@@ -58,15 +61,25 @@ def detect(
     Hand in the last tokens of the prompt too if they are known. `distinct` counts a token once per context.
 
     Raises:
-        ValueError: when there is no token to count, or for gamma or context that cannot be.
+        ValueError: when there is no token to count, for a token outside the vocabulary, or for gamma or context that
+            cannot be.
     """
+    beyond = [int(token) for token in ids if not 0 <= token < vocab]
+    if beyond:
+        raise ValueError(
+            f"green-list-watermark: the text has token {beyond[0]} and the vocabulary {vocab} tokens; give the width "
+            "of the model's scores, which may be more than the tokenizer has"
+        )
     pairs = [(tuple(ids[i - context : i]), int(ids[i])) for i in range(context, len(ids))]
     pairs = list(dict.fromkeys(pairs)) if distinct else pairs
     if not pairs:
         raise ValueError(
             f"green-list-watermark: a text of {len(ids)} tokens has none behind a context of {context}; give more text"
         )
-    green = sum(token in green_tokens(before, vocab, gamma=gamma, key=key, context=context) for before, token in pairs)
+    green = 0
+    for before, token in pairs:
+        ids_of_green = green_ids(before, vocab, gamma=gamma, key=key, context=context)
+        green += bool((ids_of_green == token).any())
     share = math.floor(gamma * vocab) / vocab
     return Detection(
         tokens=len(pairs), green=green, z=z_score(green, len(pairs), share), p_value=_tail(green, len(pairs), share)

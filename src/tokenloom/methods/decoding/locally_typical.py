@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenloom.catalog import part
+from tokenloom.methods.decoding.selection import last_kept
 
 
 @part("locally-typical", stage="truncate", scope="row", paper="arXiv:2202.00666")
@@ -24,11 +25,8 @@ def locally_typical(probs: Tensor, *, mass: float = 0.95) -> Tensor:
     if not 0 < mass <= 1:
         raise ValueError(f"locally-typical: mass is a share of the probability in (0, 1], got {mass}")
     probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
-    entropy = torch.special.entr(probs).sum(-1, keepdim=True)
-    shifts = (-probs.log() - entropy).abs()
-    ascending, order = shifts.sort(stable=True)
-    # Mass behind each token, added up from the smallest: rounding must not end the row early.
-    behind = probs.gather(-1, order).flip(-1).cumsum(-1).flip(-1)[:, 1:]
-    crossing = (behind > 1 - mass).sum(-1, keepdim=True)
-    kept: Tensor = shifts <= ascending.gather(-1, crossing)
-    return kept & (probs > 0)
+    surprisals = -probs.log()
+    entropy = (probs * surprisals).nansum(-1, keepdim=True)  # 0 times infinity is 0 here
+    shifts = (surprisals - entropy).abs()
+    most, _ = last_kept(shifts, probs, 1 - mass, descending=False)
+    return shifts <= most

@@ -48,12 +48,14 @@ def nado_loss(
     `base` [B, T, V] are the model's log-probs at the same places, `mask` [B, T] True on tokens, without holes,
     `weights` [B] the importance of each row (default 1). `consistency` is lambda.
     """
+    # Filled before any logarithm: what stands off the mask shall reach neither the loss nor a gradient.
+    off = ~mask[..., None]
+    head, base = head.masked_fill(off, 0.0), base.detach().masked_fill(off, 0.0)
     taken = head.gather(-1, tokens[..., None])[..., 0]
     log_r, log_not_r = logsigmoid(taken), logsigmoid(-taken)
     truth = labels.to(head.dtype)[:, None]
     judged = torch.where(mask, -truth * log_r - (1 - truth) * log_not_r, 0.0).sum(1)
 
-    base = base.detach()
     log_e = (base + logsigmoid(head)).logsumexp(-1)[:, 1:]
     log_not_e = (base + logsigmoid(-head)).logsumexp(-1)[:, 1:]
     log_r, log_not_r = log_r[:, :-1], log_not_r[:, :-1]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tokenloom.catalog import part
+from tokenloom.methods.decoding.selection import keep_largest, largest
 
 
 @part("rad", stage="shape", scope="row", paper="arXiv:2310.09520")
@@ -35,10 +36,10 @@ def best_tokens(scores: Tensor, k: int) -> Tensor:
     """
     if k < 1:
         raise ValueError(f"rad needs k >= 1, got {k}")
-    k = min(k, scores.shape[1])
-    least = scores.topk(k, dim=-1).values[:, -1:]
-    above, level = scores > least, scores == least
-    keep = above | (level & (level.cumsum(-1) <= k - above.sum(-1, keepdim=True)))
+    vocab = scores.shape[1]
+    k = min(k, vocab)
+    count = torch.full((len(scores), 1), k, device=scores.device)
+    keep = keep_largest(scores, largest(scores, min(k + 1, vocab)), count)
     return keep.nonzero()[:, 1].view(-1, k)
 
 

@@ -8,6 +8,8 @@ Fidelity: code (transformers' `TemperatureLogitsWarper`).
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from tokenloom.catalog import part
@@ -18,8 +20,10 @@ def temperature(scores: Tensor, *, temperature: float = 1.0) -> Tensor:
     """Scores [B, V] divided by `temperature` > 0.
 
     Raises:
-        ValueError: for a temperature of 0 or below.
+        ValueError: for a temperature of 0 or below, or infinity.
     """
+    if temperature == math.inf:
+        raise ValueError("temperature must be finite, for -inf / inf is no score; 1e6 makes all tokens equal")
     if not temperature > 0:
         raise ValueError(
             f"temperature must be above 0, got {temperature}; greedy decoding is do_sample=False, not temperature 0"

@@ -18,6 +18,10 @@ import torch
 from torch import Tensor
 
 from tokenloom.catalog import part
+from tokenloom.methods.decoding.selection import keep_largest, largest
+
+# The paper's bound is mostly passed within so many tokens.
+_MOSTLY = 512
 
 
 @part("top-h", stage="truncate", scope="row", paper="arXiv:2509.02510")
@@ -34,17 +38,31 @@ def top_h(
     if top_n < 1:
         raise ValueError(f"top-h looks at the top_n most probable tokens, at least 1, got {top_n}")
     probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
-    masses, order = probs.sort(descending=True, stable=True)
+    vocab = probs.shape[1]
     if variant == "released":
-        masses, order = masses[:, :top_n], order[:, :top_n]
+        found = largest(probs, min(top_n + 1, vocab))
+        masses = found[:, :top_n]
         masses = masses / masses.sum(-1, keepdim=True)
         entropies = torch.special.entr(masses).cumsum(-1)
-    else:
-        # H(p_S / Z) = log Z + (sum of -p log p) / Z.
-        total = masses.cumsum(-1)
-        entropies = total.log() + torch.special.entr(masses).cumsum(-1) / total
-    # At alpha = 1 the last entropy is the bound itself, up to rounding.
-    bound = alpha * entropies[:, -1:] if alpha < 1 else entropies.amax(-1, keepdim=True)
-    kept = ((entropies > bound).cumsum(-1) == 0) & (masses > 0)
-    kept[:, 0] = True
-    return torch.zeros_like(probs, dtype=torch.bool).scatter(-1, order, kept)
+        return keep_largest(probs, found, _count(masses, entropies, entropies[:, -1:], alpha))
+    whole = _entropies(probs)[:, -1:]
+    for k in (min(_MOSTLY, vocab), vocab):
+        found = largest(probs, k)
+        count = _count(found, _entropies(found), whole, alpha)
+        if bool((count < k).all()):
+            break
+    return keep_largest(probs, found, count)
+
+
+def _entropies(masses: Tensor) -> Tensor:
+    """[B, k]: of the laws of the first 1 .. k of `masses` [B, k]; H(p_S / Z) = log Z + (sum of -p log p) / Z."""
+    total = masses.cumsum(-1)
+    found: Tensor = total.log() + torch.special.entr(masses).cumsum(-1) / total
+    return found
+
+
+def _count(masses: Tensor, entropies: Tensor, whole: Tensor, alpha: float) -> Tensor:
+    """How many [B, 1] of `masses` come before the first whose entropy passes the bound, one at least."""
+    # At alpha = 1 the last entropy is the bound itself, up to rounding: nothing passes it.
+    within = (entropies > alpha * whole).cumsum(-1) == 0 if alpha < 1 else torch.ones_like(masses, dtype=torch.bool)
+    return (within & (masses > 0)).sum(-1, keepdim=True).clamp(min=1)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tokenloom.catalog import part
+from tokenloom.methods.decoding.selection import largest
 
 
 @part("top-k", stage="truncate", scope="row", paper="arXiv:1805.04833")
@@ -21,5 +22,6 @@ def top_k(probs: Tensor, *, k: int = 50) -> Tensor:
     """
     if k < 1:
         raise ValueError(f"top-k keeps at least one token: k must be 1 or more, got {k}")
-    smallest = probs.topk(min(k, probs.shape[-1])).values[:, -1:]
-    return (probs >= smallest) & (probs > 0)
+    smallest = largest(probs, min(k, probs.shape[-1]))[:, -1:]
+    keep = probs >= smallest
+    return keep if bool((smallest > 0).all()) else keep & (probs > 0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from tokenloom.catalog import part
+from tokenloom.methods.decoding.selection import keep_down_to, last_kept
 
 
 @part("top-p", stage="truncate", scope="row", paper="arXiv:1904.09751")
@@ -24,8 +25,5 @@ def top_p(probs: Tensor, *, p: float = 0.9) -> Tensor:
     if not 0 < p <= 1:
         raise ValueError(f"top-p: p is a share of the mass in (0, 1], got {p}")
     probs = probs.to(torch.promote_types(probs.dtype, torch.float32))
-    masses, order = probs.sort(descending=True, stable=True)
-    tails = masses.flip(-1).cumsum(-1).flip(-1)
-    kept = tails > 1 - p
-    kept[:, 0] = True
-    return torch.zeros_like(kept).scatter(-1, order, kept)
+    least, without = last_kept(probs, probs, 1 - p, descending=True)
+    return keep_down_to(probs, least, without)
