@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import pytest
 import torch
 
+from decode.tokenizers_at_hand import byte_level
 from tests.tiny_models import tiny_llama
 from tokenloom import decode
 from tokenloom.decode.awrs import Awrs
+from tokenloom.decode.constraints import PredicateConstraint
 from tokenloom.decode.run import Run
 from tokenloom.decode.table import TableLM
-from tokenloom.draw import RandomDraw, law_of
+from tokenloom.decode.token_bytes import token_bytes
+from tokenloom.draw import RandomDraw, expectation, law_of
+from tokenloom.methods.decoding.awrs import awrs_token
 
 A, B, END = 0, 1, 2
 VALID = {(A, B), (B, A)}
@@ -146,11 +151,73 @@ def test_under_generate_with_padding() -> None:
         new = row[: row.index(1)]
         assert len(new) == 4
         assert all(t % 2 == 0 for t in new)
-    assert loop.last_run.counts["constraint_calls"] >= loop.last_run.counts["tokens"]
+    assert loop.last_run.counts["constraint_calls"] > 0
     with pytest.raises(ValueError, match="do_sample=True"):
         tiny_llama().generate(ids, do_sample=False, max_new_tokens=3, custom_generate=loop)
-    with pytest.raises(ValueError, match="particles"):
-        decode.loop("awrs", constraint=Even(), particles=0)
+    for name, wrong in (("particles", 0), ("ess", -0.1)):
+        with pytest.raises(ValueError, match=f"awrs: {name} .*got {wrong}"):
+            decode.loop("awrs", constraint=Even(), **{name: wrong})
+
+
+def test_particles_with_one_prefix_do_not_ask_twice() -> None:
+    class Asked(OneOf):
+        asked: ClassVar[list[tuple[int, ...]]] = []
+
+        def accept(self, prefix: Sequence[int], token: int) -> bool:
+            self.asked.append((*prefix, token))
+            return super().accept(prefix, token)
+
+    constraint = Asked(VALID)
+    loop = Awrs(constraint, particles=20, ess=0.0)
+    run = run_on(toy(), RandomDraw(torch.Generator().manual_seed(0)))
+    loop.rows(run)
+    assert len(constraint.asked) == len(set(constraint.asked)) == run.counts["constraint_calls"]
+    assert run.counts["tokens"] > 40
+
+
+def test_a_refusal_that_takes_others_along_leaves_the_weights_proper() -> None:
+    class Explained(OneOf):
+        """Of two beginnings, all of one go together."""
+
+        def refused_with(self, prefix: Sequence[int], token: int) -> torch.Tensor:
+            return torch.tensor([t for t in range(4) if not self._fits((*prefix, t))])
+
+    laws = {(): [0.5, 0.4, 0.1], (A,): [0.5, 0.3, 0.2], (B,): [0.1, 0.3, 0.6]}
+    model = TableLM(3, lambda prefix: laws.get(prefix[1:], [0.0, 0.0, 1.0]))
+    for mode in ("auto", "recursive", "improper"):
+        constraint = Explained({(B,)})
+        mean, total = _law(Awrs(constraint, particles=2, mode=mode), model)
+        if mode != "improper":
+            assert mean == total[B, END] == pytest.approx(0.4 * 0.6, abs=1e-9)
+        assert set(total) == {(B, END)}
+
+
+def test_a_predicate_over_half_characters_and_tokens_that_begin_alike() -> None:
+    tokenizer = byte_level()
+    pieces = token_bytes(tokenizer)
+    wanted = ("a\u20ac", "an", "a")
+    constraint = PredicateConstraint(tokenizer, wanted.__contains__, lambda t: any(w.startswith(t) for w in wanted))
+    a, first, second, last, both = (pieces.index(p) for p in (b"a", b"\xe2", b"\x82", b"\xac", b"an"))
+    masses = torch.zeros(len(pieces), dtype=torch.float64)
+    masses[[a, first, second, last, both, tokenizer.eos_token_id]] = torch.tensor(
+        [0.2, 0.1, 0.3, 0.15, 0.05, 0.2]
+    ).double()
+    for prefix in ([], [a], [a, first], [a, first, second], [a, first, second, last], [both]):
+        total = expectation(partial(_weighed, constraint, prefix, masses))
+        expected = {t: float(masses[t]) for t in masses.nonzero()[:, 0].tolist() if constraint.accept(prefix, t)}
+        assert expected
+        assert {t: w for t, w in total.items() if w > 0} == pytest.approx(expected, abs=1e-9)
+
+
+def _weighed(constraint: Any, prefix: list[int], masses: torch.Tensor, draw: Any) -> tuple[int, float]:
+    def accept(token: int) -> bool:
+        return bool(constraint.accept(prefix, token))
+
+    def refused_with(token: int) -> torch.Tensor:
+        return torch.as_tensor(constraint.refused_with(prefix, token))
+
+    token, log_weight = awrs_token(masses.log(), accept, draw, refused_with=refused_with, tail=0.0)
+    return token, math.exp(log_weight)
 
 
 def test_a_mask_rescues_rare_valid_tokens() -> None:

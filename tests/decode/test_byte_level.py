@@ -108,6 +108,35 @@ def test_sessions_reuse_gives_what_fresh_forwards_give() -> None:
             torch.testing.assert_close(ours / ours.sum(), law / law.sum(), rtol=1e-3, atol=1e-6)
 
 
+def test_a_prompt_that_ends_inside_a_character_is_the_same_to_all_models(monkeypatch: Any) -> None:
+    tokenizer = byte_level()
+    model = tiny_llama(vocab=V)
+    tokens = ByteTokens(tokenizer, V)
+    prompt = [*tokens.vocabulary.encode("the caf"), tokens.pieces.index(b"\xe2"), tokens.pieces.index(b"\x82")]
+    seen: list[torch.Tensor] = []
+
+    def mean(laws: torch.Tensor) -> torch.Tensor:
+        seen.append(laws)
+        return laws.mean(0)
+
+    monkeypatch.setattr("tokenloom.decode.byte_level.mean_law", mean)
+    loop = decode.loop("byte-level-probabilities", tokenizer=tokenizer, others=[(model, tokenizer)], mode="all")
+    model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=2, custom_generate=loop, **OFF)
+    assert len(seen) == 2
+    for one, other in seen:
+        torch.testing.assert_close(one[:END], other[:END], rtol=1e-3, atol=1e-6)
+    seen.clear()
+    model.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=2, custom_generate=loop,
+                   **OFF | {"eos_token_id": None})  # fmt: skip
+    assert [laws[:, END].tolist() for laws in seen] == [[0.0, 0.0]] * 2, "without an end token nothing ends"
+
+
+def test_a_text_without_tokens_is_an_error() -> None:
+    for find in (next_byte_probabilities, lambda *given: next_character_law(*given, "ab")):
+        with pytest.raises(ValueError, match=r"no tokens.*start token"):
+            find(tiny_llama(vocab=V), byte_level(), "")
+
+
 @pytest.mark.parametrize("name", ["smollm2", "llama2", "qwen3"])
 def test_canonical_by_the_last_word_is_canonical_as_a_whole(name: str) -> None:
     tokenizer = real(name)

@@ -31,6 +31,9 @@ def test_where_thinking_lies() -> None:
     assert thinking_span([1, 40], [40, 7], 40, 41) == (2, None)
     assert thinking_span([1], [7, 41], 40, 41) == (None, 2)
     assert thinking_span([1], [7], None, None) == (None, None)
+    assert thinking_span([1], [41, 40, 7, 41], 40, 41) == (2, 4), "an end before the start ends nothing"
+    assert thinking_span([1], [41, 40, 7], 40, 41) == (2, None)
+    assert thinking_span([40, 5, 41, 6], [7, 41], 40, 41) == (None, 5), "the thinking of an earlier turn is over"
     with pytest.raises(ValueError, match="at least one token"):
         thinking_span([1], [], 40, 41)
 

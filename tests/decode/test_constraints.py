@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
 import re
+import sys
+import unicodedata
 from typing import Any
 
 import pytest
@@ -152,8 +155,20 @@ def test_helpers_and_errors() -> None:
         JsonSchemaConstraint(tokenizer, schema="{")
     with pytest.raises(ValueError, match="cannot be read"):
         GrammarConstraint(tokenizer, lark="start: missing_rule")
+    with pytest.raises(ValueError, match=r'Unimplemented keys: \["not"\].*leave these out'):
+        JsonSchemaConstraint(tokenizer, schema={"not": {"type": "string"}})
+    with pytest.raises(ValueError, match=r"not JSON .*model_json_schema"):
+        JsonSchemaConstraint(tokenizer, schema={"enum": {1, 2}})
+    for functions in (("yes",), (bool, "yes")):
+        with pytest.raises(ValueError, match=r"function of the text so far.*'yes'"):
+            PredicateConstraint(tokenizer, *functions)  # type: ignore[arg-type]
     made = decode.build("constraint", "regex", {"tokenizer": tokenizer}, pattern="b")
     assert made.accept([], token_bytes(tokenizer).index(b"b"))
+
+
+def test_the_planes_left_out_have_no_characters() -> None:
+    left_out = itertools.chain(range(0x40000, 0xE0000), range(0xF0000, sys.maxunicode + 1))
+    assert {unicodedata.category(chr(i)) for i in left_out} <= {"Cn", "Co"}
 
 
 def test_half_a_character_goes_where_a_whole_one_may() -> None:
@@ -187,6 +202,93 @@ def test_half_a_character_goes_where_a_whole_one_may() -> None:
     assert len(probed) == count
 
 
+def _refused(constraint: Any, prefix: list[int], size: int) -> None:
+    """Whatever is refused with a token would be refused alone; most are refused with others."""
+    largest = 0
+    for token in range(size):
+        if not constraint.accept(prefix, token):
+            ids = constraint.refused_with(prefix, token).tolist()
+            assert token in ids
+            assert not any(constraint.accept(prefix, i) for i in ids), (prefix, token, ids)
+            largest = max(largest, len(ids))
+    assert largest > 2
+
+
+@pytest.mark.parametrize("made", TOKENIZERS)
+def test_a_refused_text_takes_those_that_begin_like_it_along(made: Any) -> None:
+    tokenizer = made()
+    pieces = token_bytes(tokenizer)
+    wanted = ["a\u20acb", "ab", "a S"]
+
+    def viable(text: str) -> bool:
+        return any(w.startswith(text) for w in wanted)
+
+    constraint = PredicateConstraint(tokenizer, lambda text: text in wanted, viable)
+    a, first = pieces.index(b"a"), pieces.index(b"\xe2")
+    for prefix in ([], [a], [a, first], [a, pieces.index(b"b")]):
+        _refused(constraint, prefix, len(pieces))
+    # A token with bytes that is an end is judged as an end, whatever begins like it.
+    ending = constraint.with_eos([a])
+    blank = next(i for i, piece in enumerate(pieces) if piece == b" ")
+    assert ending.accept([a, pieces.index(b"b")], a)
+    assert a not in ending.refused_with([a, pieces.index(b"b")], blank).tolist()
+    assert ending.refused_with([], a).tolist() == [a]
+
+
+def test_a_function_that_does_not_hold_for_the_empty_text_refuses_no_first_half() -> None:
+    tokenizer = real("smollm2")
+    pieces = token_bytes(tokenizer)
+    first, whole = pieces.index(b"\xc3"), pieces.index("\u00e9".encode())
+    constraint = PredicateConstraint(tokenizer, "\u00ef".__eq__, "\u00ef".__eq__)
+    assert constraint.accept([], first)
+    assert not constraint.accept([], whole)
+    assert first not in constraint.refused_with([], whole).tolist()
+
+
+def test_all_answers_of_a_predicate_take_few_calls() -> None:
+    tokenizer = byte_level()
+    size = len(token_bytes(tokenizer))
+    calls = 0
+
+    def viable(text: str) -> bool:
+        nonlocal calls
+        calls += all(ord(c) < 128 for c in text)
+        return "the answer".startswith(text)
+
+    constraint = PredicateConstraint(tokenizer, lambda text: False, viable)
+    one_by_one = torch.tensor([constraint.accept([], t) for t in range(size)])
+    asked, calls = calls, 0
+    assert torch.equal(allowed(constraint, [], torch.ones(size)), one_by_one)
+    assert one_by_one.sum() >= 2
+    assert calls < asked, "some tokens begin like others"
+
+
+def test_a_replacement_character_is_text() -> None:
+    tokenizer = byte_level()
+    pieces = token_bytes(tokenizer)
+    constraint = PredicateConstraint(tokenizer, lambda text: text == "\ufffd", lambda text: "\ufffd".startswith(text))
+    written = [pieces.index(bytes([b])) for b in "\ufffd".encode()]
+    for n, token in enumerate(written):
+        assert constraint.accept(written[:n], token)
+    assert constraint.accept(written, tokenizer.eos_token_id)
+
+
+def test_ends_told_to_one_copy_are_not_those_of_another() -> None:
+    tokenizer = byte_level()
+    a, b = (token_bytes(tokenizer).index(x) for x in (b"a", b"b"))
+    constraint = RegexConstraint(tokenizer, pattern="a+b")
+    assert not constraint.with_eos([a]).mask([a]).any(), "nothing follows an end"
+    assert constraint.accept([a], b)
+
+
+def test_a_long_text_is_judged_as_a_whole() -> None:
+    tokenizer = byte_level()
+    a, b = (token_bytes(tokenizer).index(x) for x in (b"a", b"b"))
+    constraint = RegexConstraint(tokenizer, pattern="a*b")
+    assert constraint.accept([a] * 3000, b)
+    assert not constraint.accept([*([a] * 2000), b, *([a] * 500)], a)
+
+
 class Digits:
     """A potential over bytes: at most two digits, of which the first is not 0."""
 
@@ -213,6 +315,7 @@ def test_a_potential_over_bytes() -> None:
                 expected = bool(text)
             assert constraint.accept(prefix, token) == expected
     assert constraint.with_eos([0]).accept([pieces.index(b"1")], 0)
+    _refused(constraint, [pieces.index(b"1")], len(pieces))
 
     async def inside_another_loop() -> bool:
         return constraint.accept([], pieces.index(b"7"))

@@ -10,25 +10,11 @@ import pytest
 import torch
 
 from decode.tokenizers_at_hand import byte_level
+from tests.decode.even_ids import IDS, OPTIONS, Even
 from tests.tiny_models import TINY, tiny_llama
 from tokenloom import decode
 from tokenloom.decode.constraints import PredicateConstraint, RegexConstraint
 from tokenloom.decode.token_bytes import ByteVocabulary
-
-IDS = torch.tensor([[2, 2, 5, 9, 4], [2, 8, 3, 11, 6]])
-MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-OPTIONS = {"attention_mask": MASK, "max_new_tokens": 8, "top_k": 0, "eos_token_id": 1, "pad_token_id": 0}
-
-
-class Even:
-    """Even ids only, each no smaller than the one before; the end after three."""
-
-    name = "the constraint of even ids"
-
-    def accept(self, prefix: Sequence[int], token: int) -> bool:
-        if token == 1:
-            return len(prefix) == 3
-        return len(prefix) < 3 and token % 2 == 0 and (not prefix or token >= prefix[-1])
 
 
 @pytest.mark.parametrize("name", sorted(TINY)[:4])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import TopKLogitsWarper
 
+from tests.decode.even_ids import IDS, OPTIONS, Even
 from tests.decode.table_runs import close, loop_law
 from tests.tiny_models import TINY, tiny_llama
 from tokenloom import decode
@@ -18,21 +19,6 @@ from tokenloom.decode.plain import Plain
 from tokenloom.decode.respond import Decoding, respond
 from tokenloom.decode.table import TableLM
 from tokenloom.policy import Policy
-
-IDS = torch.tensor([[2, 2, 5, 9, 4], [2, 8, 3, 11, 6]])
-MASK = torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
-OPTIONS = {"attention_mask": MASK, "max_new_tokens": 8, "top_k": 0, "eos_token_id": 1, "pad_token_id": 0}
-
-
-class Even:
-    """Even ids only, each no smaller than the one before; the end after three."""
-
-    name = "the constraint of even ids"
-
-    def accept(self, prefix: Sequence[int], token: int) -> bool:
-        if token == 1:
-            return len(prefix) == 3
-        return len(prefix) < 3 and token % 2 == 0 and (not prefix or token >= prefix[-1])
 
 
 class Trap:

@@ -71,3 +71,7 @@ def test_letters_of_a_tokenizer() -> None:
 def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match=r"share in \(0, 1\]"):
         pride(TableLM(5, law), prompt_of, 3, letters=LETTERS, share=0.0)
+    with pytest.raises(ValueError, match=r"two letters or more.*no prior"):
+        pride(TableLM(5, law), prompt_of, 3, letters=LETTERS[:1])
+    with pytest.raises(ValueError, match=r"a prior \[7\]"):
+        pride(TableLM(5, law), prompt_of, 3, letters=LETTERS, prior=torch.ones(7) / 7)

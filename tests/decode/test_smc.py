@@ -212,9 +212,9 @@ def test_a_reward_draws_responses_its_way() -> None:
 def test_misuse_is_named() -> None:
     with pytest.raises(ValueError, match="a reward, a constraint, or both"):
         decode.loop("smc")
-    for wrong in ({"particles": 0}, {"ess": 1.5}, {"block": 0}, {"strength": 0.0}):
-        with pytest.raises(ValueError, match="particles and block are 1 at least"):
-            decode.loop("smc", reward=reward, **wrong)
+    for name, wrong in (("particles", 0), ("ess", 1.5), ("ess", math.nan), ("block", 0), ("strength", 0.0)):
+        with pytest.raises(ValueError, match=f"smc: {name} .*got {wrong}"):
+            decode.loop("smc", reward=reward, **{name: wrong})
     with pytest.raises(ValueError, match="not allowed; it takes one of systematic, stratified, multinomial"):
         decode.loop("smc", reward=reward, resampling="residual")
     table = TableLM.random(3)

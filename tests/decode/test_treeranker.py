@@ -92,5 +92,7 @@ def test_texts_are_tokenized_behind_their_context() -> None:
 def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="at least one completion"):
         TreeRanker(None, byte_level()).rank("a", [])
+    with pytest.raises(ValueError, match="delimiter is a text of at least one token"):
+        TreeRanker(None, byte_level(), delimiters=[")", ""])
     with pytest.raises(ValueError, match="add a line"):
         TreeRanker(None, byte_level()).rank("", ["a", "b"])

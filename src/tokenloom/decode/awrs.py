@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from tokenloom.decode.constraints.protocol import allowed, describe, ending_with
-from tokenloom.decode.particles import Posterior
+from tokenloom.decode.particles import Posterior, check_swarm
 from tokenloom.decode.registry import decoder
 from tokenloom.decode.run import Loop, Run
-from tokenloom.methods.decoding.awrs import awrs_token
+from tokenloom.methods.decoding.awrs import TAIL, awrs_token
 from tokenloom.methods.decoding.locally_constrained import masked_token
 from tokenloom.methods.decoding.smc import Scheme, resampled
 
@@ -32,6 +32,17 @@ class Particle:
     log_twist: float = 0.0
     done: bool = False
     session_row: int = -1
+
+
+@dataclass
+class Known:
+    """What was found out about the tokens behind a prefix: particles that share it do not ask again."""
+
+    refused: Tensor
+    """[V] bool."""
+    allowed: Tensor | None = None
+    """The same, once all were asked about."""
+    answers: dict[int, bool] = field(default_factory=dict)
 
 
 @decoder("awrs", kind="loop")
@@ -59,8 +70,7 @@ class Awrs(Loop):
         max_rejects: int | None = None,
         at_limit: Literal["end", "cut"] = "end",
     ) -> None:
-        if particles < 1 or not 0 <= ess <= 1:
-            raise ValueError(f"awrs: particles must be at least 1 and ess between 0 and 1, got {particles} and {ess}")
+        check_swarm("awrs", particles, ess)
         self.constraint, self.critic = constraint, critic
         self.particles, self.ess, self.at_limit = particles, ess, at_limit
         self.mode, self.max_accepts, self.max_rejects = mode, max_accepts, max_rejects
@@ -83,10 +93,13 @@ class Awrs(Loop):
         with run.session([row for row, _ in live]) as session:
             scores = session.start()
             while True:
+                known: dict[tuple[int, tuple[int, ...]], Known] = {}
                 logws = run.shaped([r for r, _ in live], [p.tokens for _, p in live], scores).double().cpu()
                 for place, (row, particle) in enumerate(live):
                     particle.session_row = place
-                    self._extend(run, constraint, row, particle, logws[place].log_softmax(-1))
+                    refused = torch.zeros(logws.shape[-1], dtype=torch.bool)
+                    here = known.setdefault((row, tuple(particle.tokens)), Known(refused))
+                    self._extend(run, constraint, row, particle, here, logws[place].log_softmax(-1))
                 for row in dict.fromkeys(row for row, _ in live):
                     swarms[row] = self._resampled(run, swarms[row])
                 live = [(row, p) for row, swarm in enumerate(swarms) for p in swarm if not p.done]
@@ -97,14 +110,14 @@ class Awrs(Loop):
         self.posteriors = [Posterior([p.tokens for p in swarm], _weights(swarm)) for swarm in swarms]
         return [self._chosen(run, row) for row in range(len(run))]
 
-    def _extend(self, run: Run, constraint: Any, row: int, particle: Particle, logw: Tensor) -> None:
+    def _extend(self, run: Run, constraint: Any, row: int, particle: Particle, known: Known, logw: Tensor) -> None:
         """One token for a particle, or its end."""
         prefix = particle.tokens
         if self.at_limit == "end" and len(prefix) == run.limit - 1:
             ends = torch.full_like(logw, -torch.inf)
             ends[list(run.eos)] = logw[list(run.eos)]
             logw = ends
-        token, log_weight = self._token(run, constraint, prefix, logw)
+        token, log_weight = self._token(run, constraint, known, prefix, logw)
         run.counts["tokens"] += 1
         particle.log_weight += log_weight
         if log_weight == -math.inf:
@@ -120,30 +133,49 @@ class Awrs(Loop):
             particle.log_twist = twist
             particle.done |= twist == -math.inf
 
-    def _token(self, run: Run, constraint: Any, prefix: list[int], logw: Tensor) -> tuple[int, float]:
+    def _token(self, run: Run, constraint: Any, known: Known, prefix: list[int], logw: Tensor) -> tuple[int, float]:
+        # What is known to be refused is left out, and with it its mass: the weight is as right without it.
+        logw = logw.masked_fill(known.refused, -torch.inf)
         if float(logw.max()) == -math.inf:
             return -1, -math.inf
         if self.mode == "mask":
-            run.counts["constraint_calls"] += int((logw > -torch.inf).sum())
-            return masked_token(logw, allowed(constraint, prefix, logw.exp()), run.draw)
+            if known.allowed is None:
+                run.counts["constraint_calls"] += int((logw > -torch.inf).sum())
+                known.allowed = allowed(constraint, prefix, logw.exp())
+            return masked_token(logw, known.allowed, run.draw)
 
         def accept(token: int) -> bool:
-            run.counts["constraint_calls"] += 1
-            return bool(constraint.accept(prefix, token))
+            if token not in known.answers:
+                run.counts["constraint_calls"] += 1
+                known.answers[token] = bool(constraint.accept(prefix, token))
+                known.refused[token] = not known.answers[token]
+            return known.answers[token]
 
         def rest() -> Tensor:
             run.counts["masks"] += 1
-            return allowed(constraint, prefix, logw.exp())
+            found = allowed(constraint, prefix, logw.exp())
+            known.refused |= ~found
+            return found
+
+        def refused_with(token: int) -> Tensor:
+            ids: Tensor = constraint.refused_with(prefix, token)
+            ids = ids[ids < len(logw)]
+            known.refused[ids] = True
+            return ids
 
         has_mask = callable(getattr(constraint, "mask", None))
+        explains = callable(getattr(constraint, "refused_with", None))
         return awrs_token(
             logw,
             accept,
             run.draw,
             rest=rest if has_mask else None,
+            refused_with=refused_with if explains else None,
             mode=self.mode,
             max_accepts=self.max_accepts,
             max_rejects=self.max_rejects,
+            # Where refusals take others along, few questions lead through all that is left.
+            tail=0.0 if explains else TAIL,
         )
 
     def _resampled(self, run: Run, swarm: list[Particle]) -> list[Particle]:

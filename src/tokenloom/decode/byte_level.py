@@ -7,6 +7,7 @@ Models with different tokenizers meet at the byte: `others=[(model, tokenizer), 
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -151,7 +152,15 @@ def open_bytes(
     """The state of `model` behind the bytes of `prompt`, whose last word may be part of a longer token.
 
     Tokens before the last word (or the first token, where the prompt is one word) count as they are.
+
+    Raises:
+        ValueError: for a prompt without tokens.
     """
+    if not prompt:
+        raise ValueError(
+            "byte-level-probabilities: the text has no tokens, and this tokenizer puts none in front of it; begin with "
+            "its start token as text, or with a line of text"
+        )
     cut = tokens.split(prompt) or 1
     safe = tokens.split(prompt) > 0 or tokens.pieces[prompt[0]] is None
     with open_session(model, [list(prompt[:cut])]) as session:
@@ -227,10 +236,14 @@ class ByteLevel(Loop):
         options: Any = {"mode": self.mode, "prune": self.prune, "tail": self.tail}
         with ExitStack() as stack:
             states = [stack.enter_context(open_bytes(run.model, tokens, prompt, run.eos, **options))]
-            text = self.tokenizer.decode(prompt, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            text, half = _whole_characters(tokens, prompt)
             for model, theirs, eos in others:
                 ids = list(theirs.vocabulary.tokenizer.encode(text))
-                states.append(stack.enter_context(open_bytes(model, theirs, ids, eos, **options)))
+                # Without an end token of the run's nothing ends, whatever the others would say.
+                ends = eos if run.eos else ()
+                states.append(stack.enter_context(open_bytes(model, theirs, ids, ends, **options)))
+                for byte in half:
+                    states[-1].advance(byte)
             written = bytearray()
             ended = stopped = False
             while len(written) < run.limit and not stopped:
@@ -252,6 +265,15 @@ class ByteLevel(Loop):
             ids.append(min(run.eos))
         run.stream(row, ids)
         return ids
+
+
+def _whole_characters(tokens: ByteTokens, prompt: Sequence[int]) -> tuple[str, bytes]:
+    """A prompt's text without control tokens, and the first bytes of a character that its end cuts."""
+    data = tokens.vocabulary.decode(prompt)
+    if tokens.vocabulary.leading_blank:
+        data = data.removeprefix(b" ")
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    return decoder.decode(data), decoder.getstate()[0]
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:

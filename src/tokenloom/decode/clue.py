@@ -92,8 +92,8 @@ def thinking_span(
 ) -> tuple[int | None, int | None]:
     """Where in prompt and completion together thinking starts and ends, None where its token is missing.
 
-    The start is the first in the completion, or the last in the prompt (templates may open it); the end is the first
-    in the completion.
+    The start is the first in the completion, or the last in the prompt (templates may open it) unless an end follows it
+    there; the end is the first behind it in the completion.
 
     Raises:
         ValueError: for an empty completion.
@@ -105,8 +105,11 @@ def thinking_span(
         begins = len(prompt) + list(completion).index(start)
     elif start is not None and start in prompt:
         begins = len(prompt) - 1 - list(reversed(prompt)).index(start)
-    if end is not None and end in completion:
-        ends = len(prompt) + list(completion).index(end)
+        # What an earlier turn of the prompt thought is not what is judged.
+        begins = None if end in prompt[begins:] else begins
+    first = 0 if begins is None else max(begins - len(prompt), 0)
+    if end is not None and end in completion[first:]:
+        ends = len(prompt) + list(completion).index(end, first)
     return begins, ends
 
 

@@ -40,3 +40,16 @@ class Posterior:
         if self.log_normalizer == -math.inf:
             return max(self.strings, key=len)
         return self.strings[draw.categorical(self.log_weights.softmax(0))]
+
+
+def check_swarm(method: str, particles: int, ess: float, **at_least_one: int) -> None:
+    """Refuse numbers that no swarm of weighted particles can have.
+
+    Raises:
+        ValueError: for `particles` or one of `at_least_one` below 1, or `ess` outside [0, 1].
+    """
+    given = {"particles": particles, **at_least_one}
+    if bad := {name: n for name, n in given.items() if n < 1}:
+        raise ValueError(f"{method}: " + ", ".join(f"{name} must be at least 1, got {n}" for name, n in bad.items()))
+    if not 0 <= ess <= 1:
+        raise ValueError(f"{method}: ess is a share of the particles, between 0 and 1; got {ess}")

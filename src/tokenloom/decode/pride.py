@@ -80,9 +80,12 @@ def pride(
     With a `prior` [n] from elsewhere no question is permuted.
 
     Raises:
-        ValueError: without questions, or for a share outside (0, 1].
+        ValueError: without questions, for a share outside (0, 1], fewer than two letters, or a prior of another size.
     """
     n = len(letters)
+    if n < 2 or (prior is not None and prior.shape != (n,)):
+        given = "no prior" if prior is None else f"a prior {list(prior.shape)}"
+        raise ValueError(f"pride chooses among two letters or more with a prior of as many; got {n} and {given}")
     if questions < 1 or not 0 < share <= 1:
         raise ValueError(f"pride needs questions and a share in (0, 1], got {questions} and {share}")
     orders = cyclic_orders(n)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from tokenloom.decode.constraints.protocol import allowed, describe, ending_with
-from tokenloom.decode.particles import Posterior
+from tokenloom.decode.particles import Posterior, check_swarm
 from tokenloom.decode.registry import decoder
 from tokenloom.decode.rewards import reward_of
 from tokenloom.decode.run import Run
@@ -68,11 +68,9 @@ class Smc(SearchLoop):
                 "smc needs what responses are weighed by: a reward, a constraint, or both (on the command line "
                 "smc:reward=FILE.py:NAME and --constraint)"
             )
-        if particles < 1 or block < 1 or not 0 <= ess <= 1 or not 0 < strength < math.inf:
-            raise ValueError(
-                "smc: particles and block are 1 at least, ess lies between 0 and 1, strength above 0; got "
-                f"{particles}, {block}, {ess} and {strength}"
-            )
+        check_swarm("smc", particles, ess, block=block)
+        if not 0 < strength < math.inf:
+            raise ValueError(f"smc: strength lies above 0 and below infinity, got {strength}")
         self.constraint = constraint
         self.particles, self.ess, self.block, self.strength = particles, ess, block, strength
         self.resampling: Scheme = resampling

@@ -19,8 +19,12 @@ class TreeRanker:
     """Ranks completions of a context. `delimiters` are texts whose first tokens say that a completion ended."""
 
     def __init__(self, model: Any, tokenizer: Any, *, delimiters: Sequence[str] = ()) -> None:
+        """Raises ValueError for a delimiter without tokens."""
         self._model, self._tokenizer = model, tokenizer
-        self._delimiters = sorted({encoded_alone(tokenizer, text)[0] for text in delimiters})
+        spelled = [encoded_alone(tokenizer, text) for text in delimiters]
+        if not all(spelled):
+            raise ValueError(f"treeranker: a delimiter is a text of at least one token, got {list(delimiters)}")
+        self._delimiters = sorted({ids[0] for ids in spelled})
         self.calls = 0
         """Forwards of the last ranking."""
 

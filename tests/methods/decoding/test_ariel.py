@@ -88,6 +88,12 @@ def test_edges() -> None:
     assert decoded_token(probs, just_below_one)[0] == 3
     with pytest.raises(ValueError, match="probability 0"):
         interval(probs, 2)
+    for outside in (-1, len(probs)):
+        with pytest.raises(ValueError, match="none of the model's"):
+            interval(probs, outside)
+    for wrong in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="finite numbers"):
+            fractions([0.5, wrong])
     with pytest.raises(ValueError, match=r"\[0, 1\)"):
         decoded_token(probs, Fraction(1))
     with pytest.raises(ValueError, match="at least one axis"):

@@ -32,5 +32,6 @@ def test_taking_back() -> None:
     assert taken_back(prompt, PIECES, backtrack=9) == ([0], b"abc"), "the start stays"
     assert taken_back([1, 4], PIECES, backtrack=9) == ([1], b"b"), "one token stays"
     assert taken_back([1, 0], PIECES) == ([1, 0], b""), "a control token has no text to write again"
+    assert taken_back([1, 8], PIECES) == ([1, 8], b""), "nor has an id that the tokenizer does not know"
     assert taken_back(prompt, PIECES, backtrack=0) == (prompt, b"")
     assert prompt == [0, 1, 4, 6]

@@ -53,6 +53,8 @@ class _Matched:
         """The same for other end tokens."""
         other = copy(self)
         other.eos = frozenset(eos)
+        # Which prefixes are none depends on the ends.
+        other._states = OrderedDict()
         return other
 
     def accept(self, prefix: Sequence[int], token: int) -> bool:
@@ -62,9 +64,7 @@ class _Matched:
             return False
         if token in self.eos:
             return bool(state.is_accepting())
-        if token >= len(self._pieces) or self._pieces[token] is None:
-            return False
-        return bool(state.validate_tokens([token]) == 1)
+        return self._is_text(token) and bool(state.validate_tokens([token]) == 1)
 
     def mask(self, prefix: Sequence[int]) -> Tensor:
         """[V] bool: what may follow `prefix`, all tokens at once."""
@@ -84,22 +84,31 @@ class _Matched:
 
     def _state(self, prefix: tuple[int, ...]) -> Any:
         """The matcher behind `prefix`, None where the grammar does not go."""
-        if not prefix:
-            return self._start
-        if prefix in self._states:
-            self._states.move_to_end(prefix)
-            return self._states[prefix]
-        before = self._state(prefix[:-1])
-        state = None
-        if before is not None and self.accept(prefix[:-1], prefix[-1]) and prefix[-1] not in self.eos:
-            state = before.deep_copy()
-            state.consume_token(prefix[-1])
-            if state.is_error():
-                raise RuntimeError(f"{self.name}: {state.get_error()}")
+        known = len(prefix)
+        while known and prefix[:known] not in self._states:
+            known -= 1
+        state = self._states[prefix[:known]] if known else self._start
+        if known == len(prefix):
+            if known:
+                self._states.move_to_end(prefix)
+            return state
+        following = list(prefix[known:])
+        if state is not None and all(self._is_text(token) for token in following):
+            before, state = state, None
+            if before.validate_tokens(following) == len(following):
+                state = before.deep_copy()
+                state.consume_tokens(following)
+                if state.is_error():
+                    raise RuntimeError(f"{self.name}: {state.get_error()}")
+        else:
+            state = None
         self._states[prefix] = state
         if len(self._states) > _KEPT:
             self._states.popitem(last=False)
         return state
+
+    def _is_text(self, token: int) -> bool:
+        return token not in self.eos and token < len(self._pieces) and self._pieces[token] is not None
 
 
 @decoder("json-schema", kind="constraint")

@@ -5,10 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 import threading
+from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from copy import copy
 from functools import cache
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from tokenloom.decode.token_bytes import ByteVocabulary
 
@@ -37,7 +41,8 @@ class PotentialConstraint:
         self.eos: frozenset[int] = frozenset([tokenizer.eos_token_id])
         self._potential = potential
         self._bytes_known = frozenset(vocabulary)
-        self._pieces = ByteVocabulary(tokenizer).pieces
+        made = ByteVocabulary(tokenizer)
+        self._pieces, self._trie = made.pieces, made.trie
 
     def with_eos(self, eos: Collection[int]) -> PotentialConstraint:
         """The same for other end tokens."""
@@ -51,9 +56,22 @@ class PotentialConstraint:
         if token in self.eos:
             return _score(self._potential.complete, written) > -math.inf
         piece = self._pieces[token] if token < len(self._pieces) else None
-        if piece is None or not self._bytes_known.issuperset(piece):
-            return False
-        return _score(self._potential.prefix, written + piece) > -math.inf
+        return piece is not None and self._viable(written, piece)
+
+    def refused_with(self, prefix: Sequence[int], token: int) -> Tensor:
+        """The ids [n] of the tokens that are refused with `token`, which is: those with the same wrong beginning."""
+        piece = self._pieces[token] if token < len(self._pieces) else None
+        if token in self.eos or piece is None:
+            return torch.tensor([token])
+        written = b"".join(self._pieces[i] or b"" for i in prefix)
+        # Halving finds it, as no bytes go on from some that are not viable.
+        shortest = bisect_left(range(1, len(piece)), True, key=lambda n: not self._viable(written, piece[:n])) + 1
+        places = self._trie.starting_with(piece[:shortest])
+        ids = self._trie.order[places.start : places.stop]
+        return ids[~torch.isin(ids, torch.tensor(sorted(self.eos)))]
+
+    def _viable(self, written: bytes, more: bytes) -> bool:
+        return self._bytes_known.issuperset(more) and _score(self._potential.prefix, written + more) > -math.inf
 
 
 def _score(method: Any, data: bytes) -> float:

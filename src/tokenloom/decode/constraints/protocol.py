@@ -1,8 +1,13 @@
 """A constraint: says of a token whether it may follow what was generated so far.
 
 A prefix is the ids generated after the prompt. A constraint answers for end tokens too: they may come exactly where
-what was generated is complete. Two methods are optional: `mask(prefix)`, all answers at once, and `with_eos(ids)`, the
-same constraint for other end tokens, by which a loop hands over those of the model's generation configuration.
+what was generated is complete. Three methods are optional:
+
+    mask(prefix)                  [V] bool, all answers at once
+    refused_with(prefix, token)   [n] int64: of a refused token, it and all that are refused for the same reason, which
+                                  are then not asked about, such as all words that begin with the same wrong letter
+    with_eos(ids)                 the same constraint for other end tokens, by which a loop hands over those of the
+                                  model's generation configuration
 """
 
 from __future__ import annotations
@@ -56,10 +61,15 @@ def allowed(constraint: Any, prefix: Sequence[int], probs: Tensor) -> Tensor:
         possible[:short] &= given[:short]
         possible[short:] = False
         return possible
+    refused_with = getattr(constraint, "refused_with", None)
+    open_ids = bytearray(possible.to(torch.uint8).tolist())
     for token in possible.nonzero()[:, 0].tolist():
-        if not constraint.accept(prefix, token):
-            possible[token] = False
-    return possible
+        if open_ids[token] and not constraint.accept(prefix, token):
+            open_ids[token] = 0
+            for other in [] if refused_with is None else refused_with(prefix, token).tolist():
+                if other < len(open_ids):
+                    open_ids[other] = 0
+    return torch.frombuffer(open_ids, dtype=torch.uint8) > 0
 
 
 def describe(constraint: Any) -> str:

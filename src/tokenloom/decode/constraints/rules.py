@@ -33,10 +33,15 @@ def schema_rules(schema: str | dict[str, Any]) -> Rules:
     """
     name = f"the JSON schema {_short(schema)}"
     try:
-        read = json.loads(schema) if isinstance(schema, str) else schema
+        text = json.dumps(json.loads(schema) if isinstance(schema, str) else schema)
     except ValueError as error:
         raise ValueError(f"{name} cannot be read: {error}") from None
-    return _read(name, f"start: %json {json.dumps(read)}", listing=False)
+    except TypeError as error:
+        raise ValueError(
+            f"{name} is a {type(schema).__name__}, not JSON ({error}); give a dictionary, such as "
+            "Model.model_json_schema() of a Pydantic class, or text"
+        ) from None
+    return _read(name, f"start: %json {text}", listing=False)
 
 
 def pattern_rules(pattern: str) -> Rules:
@@ -97,7 +102,8 @@ def _read(name: str, lark: str, *, listing: bool) -> Rules:
         else:
             # The place would be one in a grammar that the user never saw.
             reason = re.sub(r"^at \d+\(\d+\): ", "", _LISTING.sub("", error))
-        raise ValueError(f"{name} cannot be read: {reason.strip()}")
+        remedy = "; leave these out, or judge them by a predicate" if "Unimplemented keys" in reason else ""
+        raise ValueError(f"{name} cannot be read: {reason.strip()}{remedy}")
     return Rules(name, grammar)
 
 

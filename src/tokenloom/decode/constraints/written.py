@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenloom.catalog import suggest
 from tokenloom.decode.constraints.grammar import (
     ChoiceConstraint,
     GrammarConstraint,
@@ -20,6 +19,7 @@ from tokenloom.decode.constraints.grammar import (
 )
 from tokenloom.decode.constraints.predicate import PredicateConstraint
 from tokenloom.decode.constraints.rules import choice_rules, grammar_rules, pattern_rules, schema_rules
+from tokenloom.hints import suggest
 from tokenloom.tasks.importing import import_target
 
 EXAMPLE = "json-schema=@FILE, regex=PATTERN, choice=yes|no, lark=@FILE or predicate=FILE.py:NAME"

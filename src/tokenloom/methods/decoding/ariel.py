@@ -27,8 +27,10 @@ def interval(probs: Tensor, token: int) -> tuple[Fraction, Fraction]:
     """(low, width) of a token's part of [0, 1] under the law `probs` [V].
 
     Raises:
-        ValueError: for a token of probability 0, which has no part.
+        ValueError: for a token of probability 0, which has no part, or none of the vocabulary.
     """
+    if not 0 <= token < len(probs):
+        raise ValueError(f"ariel: token {token} is none of the model's {len(probs)}; codes need its own tokenizer")
     edges = _edges(probs)
     low, high = Fraction(float(edges[token])), Fraction(float(edges[token + 1]))
     if high <= low:
@@ -92,8 +94,15 @@ def whole_box(axes: int) -> Box:
 
 
 def fractions(code: Sequence[float | Fraction]) -> list[Fraction]:
-    """A code's numbers, exactly."""
-    return [Fraction(z) for z in code]
+    """A code's numbers, exactly.
+
+    Raises:
+        ValueError: for what is no finite number.
+    """
+    try:
+        return [Fraction(z) for z in code]
+    except (ValueError, OverflowError, TypeError) as error:
+        raise ValueError(f"ariel: a code is made of finite numbers: {error}") from None
 
 
 def _edges(probs: Tensor) -> Tensor:

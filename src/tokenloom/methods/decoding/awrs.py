@@ -12,8 +12,11 @@ improper: the first accepted token, weight 0.
 Deviations from the official code: "auto" asks about a token of mass >= 2/3 first; if that is rejected, the recursion
 goes on without it (exact, as the choice depends on the law and the constraint alone), otherwise it is geometric, as
 there. With `rest` (all answers at once) a search with `patience` rejections behind it, or less than `tail` of the mass
-before it, ends exactly, weight log(valid mass of the rest), where the official one goes on, or gives up. Geometric
-counts are drawn by their binary digits, which are independent, so that all chance goes through `draw`. Fidelity: code.
+before it, ends exactly, weight log(valid mass of the rest), where the official one goes on, or gives up. With
+`refused_with` a refusal takes others out that need no question of their own: exact, as they are invalid and the
+recursion is the same on whatever is left. A long search draws the order of all that are left at once, by an exponential
+race, which has the same law. Geometric counts are drawn by their binary digits, which are independent, so that all
+chance goes through `draw`. Fidelity: code.
 """
 
 from __future__ import annotations
@@ -30,6 +33,10 @@ from tokenloom.draw import Draw
 
 _PAPER = "arXiv:2504.05410"
 _PEAK = 2 / 3
+TAIL = 1e-5
+"""Share of the mass below which a search gives up, as in the official code."""
+_SINGLY = 32
+"""Draws one by one before those of a whole order at once, which cost as much as these, pay."""
 _IMPOSSIBLE = -45.0
 """Log-probability of a binary digit that never happens in double precision."""
 
@@ -41,11 +48,12 @@ def awrs_token(
     draw: Draw,
     target: Tensor | None = None,
     rest: Callable[[], Tensor] | None = None,
+    refused_with: Callable[[int], Tensor] | None = None,
     *,
     mode: Literal["auto", "recursive", "geometric", "improper"] = "auto",
     max_accepts: int = 2,
     max_rejects: int | None = None,
-    tail: float = 1e-5,
+    tail: float = TAIL,
     patience: int = 16,
 ) -> tuple[int, float]:
     """A token and its log weight from `logw` [V], unnormalized (EOS included).
@@ -53,6 +61,7 @@ def awrs_token(
     `target` [V]: other log weights that the result shall be properly weighted for; `logw` then only proposes.
     `rest()`: [V] bool, all answers of `accept`, asked for after `patience` rejections. Without it, a search ends with
     weight -inf once less than `tail` of the mass is left. What is rejected last comes with weight -inf.
+    `refused_with(token)`: ids that are known to be refused because `token` was.
 
     Raises:
         ValueError: for limits below 2, which no proper weight can be had from, or a law without mass.
@@ -66,6 +75,8 @@ def awrs_token(
     def ask(token: int) -> bool:
         if token not in asked:
             asked[token] = bool(accept(token))
+            if not asked[token] and refused_with is not None:
+                order.remove(refused_with(token))
         return asked[token]
 
     if mode == "improper":
@@ -102,20 +113,50 @@ class _Order:
             raise ValueError(f"awrs: the law has no mass or is not a number (log of the sum {self.log_total})")
         self.masses = (logw - self.log_total).exp()
         self.draw = draw
-        self.mass = float(self.masses.sum())
-        self.removed = False
+        self.singly, self.thinned = _SINGLY, False
+        self.queue: list[tuple[int, float]] = []
+        self._anew()
 
     def next(self) -> tuple[int, float]:
+        if not self.queue and self.singly == 0:
+            self._race()
+        while self.queue:
+            token, left = self.queue.pop()
+            mass = float(self.masses[token])
+            if mass > 0:
+                self.masses[token] = 0.0
+                self.mass = float(self.masses.sum()) if self.thinned else left
+                return token, mass
+        self.singly -= 1
         token = self.draw.categorical(self.masses)
         mass = float(self.masses[token])
-        self.remove(token)
+        self.masses[token] = 0.0
+        self.mass = float(self.masses.sum())
         return token, mass
 
-    def remove(self, token: int) -> None:
-        self.masses[token] = 0.0
-        self.removed = True
+    def remove(self, tokens: int | Tensor) -> None:
+        self.masses[tokens] = 0.0
+        self.mass = float(self.masses.sum())
+        self.thinned = True
+
+    def put_back(self, token: int, mass: float) -> None:
+        self.masses[token] = mass
+        self._anew()
+
+    def _anew(self) -> None:
         # Summed anew: 1 minus what was rejected would lose small rests to rounding.
         self.mass = float(self.masses.sum())
+        # Whatever was drawn before, an order of those left is as good as any other, so that one may begin anew.
+        self.queue = []
+        self.singly = _SINGLY
+
+    def _race(self) -> None:
+        """The whole order of those left: who comes first where each takes an exponential time of rate its mass."""
+        times = self.draw.gamma(torch.ones_like(self.masses)) / self.masses
+        order = times.argsort()[: int((self.masses > 0).sum())].flip(0)
+        left = torch.cat((times.new_zeros(1), self.masses[order].cumsum(0)[:-1]))
+        self.queue = list(zip(order.tolist(), left.tolist(), strict=True))
+        self.thinned = False
 
 
 def _recursive(
@@ -127,13 +168,12 @@ def _recursive(
             return _exact_rest(order, rest)
         before = order.mass
         token, mass = order.next()
-        last = order.mass <= 0
         if ask(token):
-            if last or rejects == cap - 1 or ask(order.next()[0]):
+            if order.mass <= 0 or rejects == cap - 1 or ask(order.next()[0]):
                 return token, math.log(before)
             return token, math.log(mass)
         rejects += 1
-        if last or rejects >= cap or (order.mass < tail and rest is None):
+        if order.mass <= 0 or rejects >= cap or (order.mass < tail and rest is None):
             return token, -math.inf
 
 
@@ -142,33 +182,28 @@ def _geometric(
 ) -> tuple[int, float]:
     accepts, rejects = 0, 0
     result, token = -1, -1
+    refused = False
     for _ in range(max_accepts):
-        walk = _walk(order, draw)
-        while rejects < cap and order.mass > 0 and walk.mass > 0:
-            candidate, _ = walk.next()
-            token = candidate
-            if order.removed:
-                rejects += _repeats(order.mass, draw, cap - rejects)
+        # A fresh order over what was not refused: what was accepted is back in it.
+        while rejects < cap and order.mass > 0:
+            left = order.mass
+            token, mass = order.next()
+            if refused:
+                rejects += _repeats(left, draw, cap - rejects)
             if rejects >= cap:
                 break
-            if ask(candidate):
+            if ask(token):
                 accepts += 1
-                result = candidate if result < 0 else result
+                result = token if result < 0 else result
+                order.put_back(token, mass)
                 break
             rejects += 1
-            order.remove(candidate)
+            refused = True
             if order.mass < tail and accepts == 0:
-                return candidate, -math.inf
+                return token, -math.inf
     if accepts == 0:
         return token, -math.inf
     return result, math.log(min(max_accepts - 1, accepts) / (accepts + min(rejects, cap) - 1))
-
-
-def _walk(order: _Order, draw: Draw) -> _Order:
-    """A fresh order over the tokens left in `order`."""
-    walk = object.__new__(_Order)
-    walk.masses, walk.mass, walk.draw = order.masses.clone(), order.mass, draw
-    return walk
 
 
 def _repeats(left: float, draw: Draw, most: float) -> int:

@@ -53,7 +53,8 @@ def taken_back(prompt: Sequence[int], pieces: Sequence[bytes | None], *, backtra
     kept = list(prompt)
     removed: list[bytes] = []
     while len(removed) < backtrack and len(kept) > 1:
-        piece = pieces[kept[-1]]
+        # Models have ids that their tokenizers do not.
+        piece = pieces[kept[-1]] if kept[-1] < len(pieces) else None
         if not piece:
             break
         kept.pop()
