@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.decode.tokenizers_at_hand import byte_level
-from tests.tiny_models import tiny_llama
+from tests.tiny_models import tiny_llama, tiny_phi
 from tokenloom import decode
 from tokenloom.decode.candidates import (
     SelfConsistency,
@@ -86,10 +86,16 @@ def test_samples_are_generates() -> None:
         law = model(torch.tensor([[*one.prompt, *one.ids]])).logits.log_softmax(-1)[0]
     expected = [float(law[len(one.prompt) - 1 + i, t]) for i, t in enumerate(one.ids)]
     assert logprobs.tolist() == pytest.approx(expected, abs=1e-4)
+    dropping = tiny_phi(vocab=len(tokenizer))
+    expected = token_logprobs(dropping, [one])
+    assert torch.equal(token_logprobs(dropping.train(), [one])[0], expected[0])
     draws = [RandomDraw(torch.Generator().manual_seed(4)) for _ in range(2)]
     assert sample(model, tokenizer, prompt, 3, draw=draws[0], max_new_tokens=5) == sample(
         model, tokenizer, prompt, 3, draw=draws[1], max_new_tokens=5
     )
+    loop = decode.loop("plain")
+    sample(model, tokenizer, prompt, 1, draw=draws[0], loop=loop, max_new_tokens=2)
+    assert loop.draw is None  # later calls draw as before
 
 
 def test_answers_by_pattern() -> None:

@@ -59,6 +59,19 @@ def test_without_a_penalty_or_a_choice_it_is_greedy(name: str, settings: dict[st
     assert torch.equal(ours, model.generate(IDS, **given))
 
 
+def test_among_equals_the_lowest_id_is_a_candidate() -> None:
+    model = tiny_llama(vocab=2000, eos_token_id=None)
+
+    def leveled(_: Any, scores: torch.Tensor) -> torch.Tensor:
+        # Coarse scores, as those of a model in bfloat16: many are equal.
+        return scores.round()
+
+    given: dict[str, Any] = {"attention_mask": MASK, "do_sample": False, "max_new_tokens": 12}
+    loop = decode.loop("contrastive-search", alpha=0.0, k=5)
+    theirs = model.generate(IDS, logits_processor=[leveled], **given)
+    assert torch.equal(model.generate(IDS, custom_generate=loop, logits_processor=[leveled], **given), theirs)
+
+
 def test_one_forward_per_token_and_what_is_forbidden_stays_so() -> None:
     model = tiny_llama(vocab=8)
     loop = decode.loop("contrastive-search", alpha=1.0, k=8)

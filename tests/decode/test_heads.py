@@ -101,6 +101,9 @@ def test_other_files_become_what_wrote_them(tmp_path: Path) -> None:
     assert load_head(tmp_path / "values.safetensors", POLICY.model).linear.weight.shape == (3, 16)
     MultiTokenHeads(16, 2).save(tmp_path / "tokens.safetensors")
     assert isinstance(load_head(tmp_path / "tokens.safetensors", POLICY.model), MultiTokenHeads)
+    for name, tensor in (("vector", torch.ones(16)), ("directions", torch.ones(2, 16))):
+        save_file({name: tensor}, tmp_path / "steering.safetensors")
+        assert torch.equal(load_head(tmp_path / "steering.safetensors", POLICY.model), tensor)
     save_file({"something": torch.zeros(1)}, tmp_path / "else.safetensors")
     assert load_head(tmp_path / "else.safetensors", POLICY.model) == str(tmp_path / "else.safetensors")
     assert quality_beside(tmp_path / "else.safetensors") is None
@@ -110,6 +113,9 @@ def test_unfit_files_and_rewards_are_refused(tmp_path: Path) -> None:
     ValueHeads(8, 1).save(tmp_path / "small.safetensors")
     with pytest.raises(ValueError, match="hidden size 8, and this one's is 16"):
         load_head(tmp_path / "small.safetensors", POLICY.model)
+    save_file({"vector": torch.ones(8)}, tmp_path / "vector.safetensors")
+    with pytest.raises(ValueError, match="hidden size 8, and this one's is 16"):
+        load_head(tmp_path / "vector.safetensors", POLICY.model)
     with pytest.raises(ValueError, match="there is no file"):
         load_head(tmp_path / "none.safetensors", POLICY.model)
     (tmp_path / "text.safetensors").write_text("hello", encoding="utf-8")

@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.decode.table_runs import table_run
 from tests.tiny_models import TINY, tiny_llama
 from tokenloom import decode
 from tokenloom.decode.opera import Opera
+from tokenloom.decode.table import TableLM
 from tokenloom.methods.decoding.opera import over_trust
 
 IDS = torch.tensor([[2, 2, 5, 9, 4], [2, 8, 3, 11, 6], [7, 7, 7, 9, 9]])
@@ -112,11 +114,80 @@ def test_a_return_restores_tokens_and_scores_and_excludes_what_was_chosen(monkey
     assert returns == loop.last_run.counts["returns"]
 
 
+def test_what_processors_forbid_fills_no_beam() -> None:
+    model = endless(tiny_llama(seed=6, attention="eager"))
+    forbidden = set(range(32))
+    loop = Watched(beams=4, candidates=1)  # three of the first four beams are no candidates
+    loop.seen = []
+    model.generate(IDS, attention_mask=MASK, do_sample=False, max_new_tokens=5, custom_generate=loop,
+                   suppress_tokens=sorted(forbidden))  # fmt: skip
+    said = {token for _, beams, _, _ in loop.seen for ids, _ in beams for token in ids}
+    assert said
+    assert not said & forbidden
+
+
+def test_a_return_that_leaves_nothing_else_says_the_same_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def always_twelve(block: torch.Tensor, *, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+        return over_trust(block, scale=scale)[0], torch.full((len(block),), min(12, block.shape[-1] - 1))
+
+    def only_nine(_: Any, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, -torch.inf).index_fill(-1, torch.tensor([9]), 0.0)
+
+    monkeypatch.setattr("tokenloom.decode.opera.over_trust", always_twelve)
+    model = endless(tiny_llama(seed=6, attention="eager"))
+    loop = decode.loop("opera", beams=2, candidates=3, patience=2)
+    ids = model.generate(
+        IDS[2:], do_sample=False, max_new_tokens=20, custom_generate=loop, logits_processor=[only_nine]
+    )
+    assert ids[0, 5:].tolist() == [9] * 20
+    assert loop.last_run.counts["returns"] > 0
+
+
+def test_among_equals_the_lowest_id_is_a_candidate() -> None:
+    def leveled(_: Any, scores: torch.Tensor) -> torch.Tensor:
+        return scores.sign()  # more are equal than there are candidates
+
+    model = endless(tiny_llama(attention="eager"))
+    given: dict[str, Any] = {"attention_mask": MASK, "do_sample": False, "max_new_tokens": 8}
+    theirs = model.generate(IDS, logits_processor=[leveled], **given)
+    loop = decode.loop("opera", beams=1, candidates=5, alpha=0.0)
+    assert torch.equal(model.generate(IDS, custom_generate=loop, logits_processor=[leveled], **given), theirs)
+
+
+def test_any_attention_is_taken_and_given_back() -> None:
+    given: dict[str, Any] = {"attention_mask": MASK, "do_sample": False, "max_new_tokens": 14}
+    model, loop = tiny_llama(seed=5), decode.loop("opera", beams=2, candidates=3, scale=30.0)
+    found = model.generate(IDS, custom_generate=loop, **given)
+    assert torch.equal(found, tiny_llama(seed=5, attention="eager").generate(IDS, custom_generate=loop, **given))
+    assert model.config._attn_implementation == "sdpa"
+
+    def broken(_: Any, scores: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        model.generate(IDS, custom_generate=loop, logits_processor=[broken], **given)
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_refusals() -> None:
     given: dict[str, Any] = {"attention_mask": MASK, "max_new_tokens": 3, "custom_generate": decode.loop("opera")}
-    with pytest.raises(ValueError, match="set_attn_implementation"):
-        tiny_llama().generate(IDS, do_sample=False, **given)
+    with pytest.raises(ValueError, match="has none to hand out"):
+        decode.loop("opera").rows(table_run(TableLM.random(3), sample=False))
+
+    fixed = tiny_llama()
+    fixed.set_attn_implementation = lambda kind: None  # as of models whose code knows one attention only
+    with pytest.raises(ValueError, match="load the model with attn_implementation='eager'"):
+        fixed.generate(IDS, do_sample=False, **given)
+
+    def nothing(_: Any, scores: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(scores, -torch.inf)
+
+    with pytest.raises(ValueError, match="leave no token"):
+        tiny_llama().generate(IDS, do_sample=False, logits_processor=[nothing], **given)
     with pytest.raises(ValueError, match="do_sample=False"):
         tiny_llama(attention="eager").generate(IDS, do_sample=True, **given)
     with pytest.raises(ValueError, match="beams"):
         decode.loop("opera", beams=0)
+    for settings in ({"scale": 0.0}, {"alpha": -1.0}):
+        with pytest.raises(ValueError, match="alpha must be 0 or more and scale above 0"):
+            decode.loop("opera", **settings)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny_models import TINY, tiny_llama, tiny_qwen3
+from tests.tiny_models import TINY, tiny_llama, tiny_phi, tiny_qwen3
 from tokenloom import decode
 from tokenloom.decode.r2r import Labels, Question, Router, fit, judge_by_model, label, load_router, save_router
 from tokenloom.decode.run import Run
@@ -102,10 +102,41 @@ def test_equal_prompts_and_a_usage_between() -> None:
     assert 0 < loop.last_run.counts["large_forwards"] <= 20
 
 
+def test_a_router_is_read_from_its_file_with_its_threshold(tmp_path: Path) -> None:
+    small, large = tiny_llama(seed=3), tiny_llama(seed=4)
+    router = router_for(small, seed=1)
+    scores = []
+    handle = router.register_forward_hook(lambda _, __, output: scores.append(output))
+    small.generate(IDS, custom_generate=decode.loop("r2r", large=large, router=router), **GREEDY)
+    handle.remove()
+    threshold = float(torch.sigmoid(torch.cat(scores)).median())
+    path = str(tmp_path / "router.safetensors")
+    save_router(router, path, threshold=threshold)
+    expected = small.generate(
+        IDS, custom_generate=decode.loop("r2r", large=large, router=router, threshold=threshold), **GREEDY
+    )
+    loop = decode.loop("r2r", large=large, router=path)
+    assert torch.equal(small.generate(IDS, custom_generate=loop, **GREEDY), expected)
+    assert 0 < loop.last_run.counts["usage"] < 1
+    loop = decode.loop("r2r", large=large, router=path, threshold=2.0)
+    assert torch.equal(small.generate(IDS, custom_generate=loop, **GREEDY), small.generate(IDS, **GREEDY))
+
+
+def test_a_router_of_another_model_is_refused_before_work() -> None:
+    for other, top, words in ((tiny_llama(hidden=32), 10, "hidden size 32"), (tiny_llama(), 100, "reads 100 logits")):
+        loop = decode.loop("r2r", large=tiny_llama(), router=router_for(other, top=top))
+        with pytest.raises(ValueError, match=words):
+            tiny_llama().generate(IDS, custom_generate=loop, **GREEDY)
+
+
 def test_models_with_other_vocabularies_are_refused() -> None:
-    loop = decode.loop("r2r", large=tiny_llama(vocab=70), entropy=-1.0)
+    # Before a token is written, whether the large one would ever be asked or not.
+    loop = decode.loop("r2r", large=tiny_llama(vocab=70), entropy=100.0)
     with pytest.raises(ValueError, match="same tokenizer"):
         tiny_llama().generate(IDS, custom_generate=loop, **GREEDY)
+    run = Run(TableLM.random(3), torch.tensor([[0]]), [[0]], limit=2, eos=frozenset(), pad=0, sample=False)
+    with pytest.raises(ValueError, match="score 3 and 4 tokens"):
+        decode.loop("r2r", large=TableLM.random(4), entropy=-1.0).rows(run)
     with pytest.raises(ValueError, match="needs large"):
         decode.loop("r2r")
 
@@ -163,6 +194,18 @@ def test_labels_are_where_the_branches_part_to_the_end_of_the_sentence() -> None
     assert at == len(found.labels)
     assert len(asked) == int(found.differs.sum()) > 2
     assert int(found.labels.sum()) == len(asked) // 2
+
+
+def test_dropout_has_no_part_in_labels() -> None:
+    small, large = tiny_phi(seed=3), tiny_llama(seed=4)
+
+    def labels() -> Labels:
+        return label(small, large, [[5, 9, 4]], Letters(), lambda question: True, max_tokens=5, sentence=3, top=10)
+
+    expected = labels()
+    small.train()
+    assert torch.equal(labels().hidden, expected.hidden)
+    assert small.training
 
 
 def test_a_model_as_judge_answers_one_or_zero() -> None:

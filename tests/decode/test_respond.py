@@ -12,6 +12,7 @@ from transformers import TopKLogitsWarper
 from tests.tiny_models import tiny_llama
 from tokenloom.decode.plain import Plain
 from tokenloom.decode.respond import Decoding, distinct, repeated, respond, text_pieces
+from tokenloom.draw import RandomDraw
 from tokenloom.policy import Policy
 
 PROMPTS = [[5, 9, 4, 7, 11], [3, 8], [12, 3, 3, 3, 3, 6, 6]]
@@ -50,6 +51,25 @@ def test_a_single_answer_is_told_as_it_grows(policy: Policy) -> None:
     told: list[int] = []
     found = respond(policy, PROMPTS[:1], Decoding(max_tokens=6), seed=5, on_tokens=told.extend)
     assert told == found.answers[0].ids
+
+
+def test_a_loop_keeps_its_own_draw_and_streamer(policy: Policy) -> None:
+    own = RandomDraw(torch.Generator().manual_seed(1))
+    loop = Plain()
+    loop.draw = own
+    respond(policy, PROMPTS[:1], Decoding(loop=loop, max_tokens=3), seed=5, on_tokens=lambda ids: None)
+    assert loop.draw is own
+    assert loop.streamer is None
+
+    def broken(ids: list[int]) -> None:
+        raise RuntimeError("broken")
+
+    with pytest.raises(RuntimeError, match="broken"):
+        respond(policy, PROMPTS[:1], Decoding(loop=loop, max_tokens=3), on_tokens=broken)
+    assert loop.draw is own
+    # Several rows, which a streamer left behind would refuse.
+    assert len(respond(policy, PROMPTS, Decoding(loop=loop, max_tokens=3)).answers) == 3
+    assert loop.streamer is None
 
 
 def test_loops_of_one_row_get_one_row(policy: Policy) -> None:

@@ -86,6 +86,18 @@ def test_cold_stops_end_thinking_and_then_the_row() -> None:
     assert loop.last_run.counts == {"soft_steps": 6.0, "cold_stops": 6.0}
 
 
+def test_greedy_thinking_is_not_stopped_by_the_certainty_of_its_own_law() -> None:
+    model = tiny_llama(eos_token_id=None)
+    loop = decode.loop("soft-thinking", end=63, temperature=0.0, length=3)
+    theirs = model.generate(IDS, attention_mask=MASK, **GREEDY)
+    assert torch.equal(model.generate(IDS, attention_mask=MASK, custom_generate=loop, **GREEDY), theirs)
+    assert loop.last_run.counts["cold_stops"] == 0
+    # What the model itself is certain of stops it as at any temperature.
+    loop = decode.loop("soft-thinking", end=63, temperature=0.0, threshold=10.0, length=3)
+    ours = model.generate(IDS, attention_mask=MASK, custom_generate=loop, **GREEDY)
+    assert ours[:, 5 + 2].tolist() == [63, 63, 63]
+
+
 def test_every_step_adds_one_token_to_the_cache() -> None:
     model = tiny_llama(eos_token_id=None)
     lengths: list[int] = []
@@ -108,8 +120,13 @@ def test_the_end_is_found_by_its_last_token() -> None:
         decode.loop("soft-thinking", tokenizer=Letters(), end="")
     with pytest.raises(ValueError, match="tokenizer"):
         decode.loop("soft-thinking")
-    with pytest.raises(ValueError, match="max_topk"):
-        decode.loop("soft-thinking", end=3, max_topk=0)
+    for settings, match in (
+        ({"max_topk": 0}, "max_topk"),
+        ({"temperature": -0.5}, "temperature must be 0 or more"),
+        ({"length": 0}, "threshold=0 is what never stops"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            decode.loop("soft-thinking", end=3, **settings)
 
 
 def test_models_without_embeddings_are_refused() -> None:

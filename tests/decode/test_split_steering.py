@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny_models import TINY, tiny_llama
+from tests.tiny_models import TINY, tiny_llama, tiny_phi
 from tokenloom import decode
 from tokenloom.decode.split_steering import Pair, continuation_losses, fit_vector, pair_log_odds, steering
 
@@ -48,6 +48,16 @@ def test_the_loop_is_generate_under_the_hook(name: str) -> None:
     assert not torch.equal(ours, model.generate(IDS, **given))
 
 
+def test_a_vector_of_another_model_is_refused_before_it_is_added() -> None:
+    # One number would be added to every dimension without a word.
+    for vector in (torch.ones(1), torch.ones(17), torch.ones(2, 16)):
+        loop = decode.loop("split-steering", vector=vector, layer=0)
+        with pytest.raises(ValueError, match=r"must be \[16\]"):
+            tiny_llama().generate(IDS, attention_mask=MASK, max_new_tokens=2, custom_generate=loop)
+    with pytest.raises(ValueError, match="is a tensor"):
+        decode.loop("split-steering", vector="vector.pt")
+
+
 def test_losses_of_a_padded_batch_are_those_of_rows_alone() -> None:
     model = tiny_llama()
     prompts, continuations = [[5, 9, 4], [8], [3, 3, 3, 3]], [[7, 11], [12, 13, 14, 15], [6]]
@@ -61,6 +71,13 @@ def test_losses_of_a_padded_batch_are_those_of_rows_alone() -> None:
     torch.testing.assert_close(means, together / torch.tensor([2, 4, 1]), rtol=1e-6, atol=1e-6)
     with pytest.raises(ValueError, match="at least one token"):
         continuation_losses(model, [[4]], [[]])
+
+
+def test_dropout_has_no_part_in_log_odds() -> None:
+    model = tiny_phi()
+    expected = pair_log_odds(model, PAIRS)
+    assert all(map(torch.equal, pair_log_odds(model.train(), PAIRS), expected))
+    assert model.training
 
 
 def test_training_raises_the_preference_and_touches_nothing_else() -> None:

@@ -73,7 +73,8 @@ def test_no_regularizer_is_beam_search() -> None:
 def test_mistakes_are_named() -> None:
     with pytest.raises(ValueError, match="one of greedy, variance"):
         decode.loop("uid-decoding", regularizer="entropy")
-    with pytest.raises(ValueError, match="uneven"):
-        decode.loop("uid-decoding", lam=-1.0)
+    for lam in (-1.0, float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="uneven"):
+            decode.loop("uid-decoding", lam=lam)
     with pytest.raises(ValueError, match="uid-decoding: needs 1 <= returned"):
         decode.loop("uid-decoding", beams=0)

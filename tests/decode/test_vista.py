@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.tiny_models import TINY, tiny_llama
+from tests.tiny_models import TINY, tiny_llama, tiny_phi
 from tokenloom import decode
 from tokenloom.decode.layers import decoder_layers
 from tokenloom.decode.vista import context_directions, vista
@@ -57,6 +57,13 @@ def test_directions_are_differences_after_each_layer() -> None:
         torch.testing.assert_close(found[layer], states[0][layer + 1][0, -1] - states[1][layer + 1][0, -1])
 
 
+def test_dropout_has_no_part_in_directions() -> None:
+    model = tiny_phi()
+    expected = context_directions(model, [[5, 6, 7, 8]], [[7, 8]])
+    assert torch.equal(context_directions(model.train(), [[5, 6, 7, 8]], [[7, 8]]), expected)
+    assert model.training
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2"])
 def test_the_loop_is_generate_under_the_hooks_padded_or_not(name: str) -> None:
     model = TINY[name](seed=3)
@@ -79,3 +86,5 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="counterpart"):
         context_directions(model, [[4]], [])
     assert len(decoder_layers(model)) == 2
+    with pytest.raises(ValueError, match="are a tensor"):
+        decode.loop("vista", directions="directions.pt")

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
+from tokenloom.decode.hidden_states import evaluating
 from tokenloom.decode.plain import Plain
 from tokenloom.decode.registry import decoder
 from tokenloom.decode.run import Loop, Run
@@ -65,16 +66,19 @@ def sample(
         raise ValueError(f"at least one candidate is needed, got n = {n}")
     ids = encoded(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
     method = loop if loop is not None else Plain()
-    if draw is not None:
-        method.draw = draw
     given = torch.tensor([ids] * n, device=next(base_model(model).parameters()).device)
-    result = model.generate(
-        given,
-        attention_mask=torch.ones_like(given),
-        generation_config=GenerationConfig(**_with_ends(model, settings)),  # type: ignore[no-untyped-call]  # transformers' has no annotations
-        logits_processor=list(processors),
-        custom_generate=method,
-    )
+    own = method.draw
+    method.draw = own if draw is None else draw
+    try:
+        result = model.generate(
+            given,
+            attention_mask=torch.ones_like(given),
+            generation_config=GenerationConfig(**_with_ends(model, settings)),  # type: ignore[no-untyped-call]  # transformers' has no annotations
+            logits_processor=list(processors),
+            custom_generate=method,
+        )
+    finally:
+        method.draw = own
     stops = _stops(model, settings)
     found = [until_stop(row, stops) for row in result[:, len(ids) :].tolist()]
     texts = [tokenizer.decode(new, skip_special_tokens=True) for new in found]
@@ -87,7 +91,7 @@ def sample(
 def token_logprobs(model: Any, candidates: Sequence[Candidate]) -> list[Tensor]:
     """Log-probs [T] of each candidate's tokens under the model alone, float32, nats."""
     found = []
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(base_model(model)):
         for c in candidates:
             whole = torch.tensor([[*c.prompt, *c.ids]], device=next(base_model(model).parameters()).device)
             logits = model(input_ids=whole).logits[0, len(c.prompt) - 1 : -1].float()

@@ -12,6 +12,7 @@ from tokenloom.decode.registry import decoder
 from tokenloom.decode.run import Loop, Run
 from tokenloom.decode.session import ROOT
 from tokenloom.decode.shapers import wide
+from tokenloom.methods.decoding.beam_search import best_continuations
 from tokenloom.methods.decoding.contrastive_search import contrastive_scores, largest_cosine
 
 
@@ -39,7 +40,8 @@ class ContrastiveSearch(Loop):
             context, mask = _prompt_states(run, session.output.hidden_states[-1])
             while True:
                 laws = run.shaped(live, [generated[r] for r in live], scores).softmax(-1)
-                probs, tokens = laws.topk(min(self.k, laws.shape[-1]), dim=-1)
+                tokens = best_continuations(laws, beams=self.k)
+                probs = laws.gather(1, tokens)
                 tried = session.try_nodes(tokens, torch.full_like(tokens, ROOT))
                 run.counts["forwards"] = run.counts.get("forwards", 0.0) + 1
                 states = wide(session.output.hidden_states[-1])

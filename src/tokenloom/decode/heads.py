@@ -152,7 +152,8 @@ def quality_beside(path: str | Path) -> HeadQuality | None:
 
 
 def load_head(path: str | Path, model: Any) -> Any:
-    """What a file holds, by the names of its tensors: a head laid on `model`, value heads, a probe, token heads.
+    """What a file holds, by the names of its tensors: a head laid on `model`, value heads, a probe, token heads, or the
+    `vector` or `directions` that steer.
 
     Anything else comes back as its path, for methods that read their own files.
 
@@ -176,6 +177,10 @@ def load_head(path: str | Path, model: Any) -> Any:
         return ValueHeads.load(path).requires_grad_(False)
     if {"shape", "mean", "scale"} < names:
         return Probe.from_tensors(tensors)
+    if names in ({"vector"}, {"directions"}):
+        [tensor] = tensors.values()
+        _check_size(path, tensor.shape[-1], size)
+        return tensor
     if names == {"weight", "bias"} and tensors["weight"].ndim == 3:
         _check_size(path, tensors["weight"].shape[1], size)
         return MultiTokenHeads.load(path)

@@ -1,16 +1,18 @@
 """OPERA as a loop, for text: beam search with attention-based penalties, and returns to where trust went wrong.
 
-    model.set_attn_implementation("eager")
     model.generate(..., custom_generate=decode.loop("opera", beams=5))
 
 A step takes two forwards: one of all beams' candidates as siblings, whose attention is read, and one of the tokens
-chosen. Each prompt of a batch is searched by itself. The rules are in `methods.decoding.opera`.
+chosen. Each prompt of a batch is searched by itself. The model is set to eager attention, which alone hands out its
+weights, and back. The rules are in `methods.decoding.opera`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +20,9 @@ from torch import Tensor
 from tokenloom.decode.registry import decoder
 from tokenloom.decode.run import Loop, Run
 from tokenloom.decode.session import ROOT, Session
+from tokenloom.methods.decoding.beam_search import best_continuations
 from tokenloom.methods.decoding.opera import candidate_scores, over_trust, penalty, return_to
+from tokenloom.rollout.forward import base_model
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class _State:
 
 @decoder("opera", kind="loop")
 class Opera(Loop):
-    """Beam search with OPERA's penalty and returns. Needs eager attention; nothing is drawn.
+    """Beam search with OPERA's penalty and returns. Nothing is drawn.
 
     `span_start` and `span_end` delimit the tokens of the prompt that the first words should look at (end 0: its end).
     `patience` is r; `length_penalty` is the power of the length that a finished response's score is divided by.
@@ -64,22 +68,19 @@ class Opera(Loop):
     ) -> None:
         if beams < 1 or candidates < 1 or patience < 1:
             raise ValueError("opera: beams, candidates and patience must be 1 or more")
+        if not (alpha >= 0 and scale > 0):
+            raise ValueError(f"opera: alpha must be 0 or more and scale above 0, got {alpha} and {scale}")
         self.width, self.candidates, self.alpha, self.scale = beams, candidates, alpha, scale
         self.patience, self.length_penalty = patience, length_penalty
         self.span = slice(span_start, span_end or None)
 
     def rows(self, run: Run) -> list[list[int]]:
         """See `Loop`."""
-        kind = getattr(run.model.config.get_text_config(decoder=True), "_attn_implementation", None)
-        if kind != "eager":
-            raise ValueError(
-                f"opera reads attention weights, which {kind!r} attention does not give; call "
-                'model.set_attn_implementation("eager") first'
-            )
         if run.sample:
-            raise ValueError("opera is a search and draws nothing; call generate with do_sample=False")
+            raise ValueError("opera is a search and draws nothing; pass do_sample=False (temperature 0)")
         run.counts |= {"returns": 0.0}
-        found = [self._search(run, number) for number in range(len(run))]
+        with _eager(run.model):
+            found = [self._search(run, number) for number in range(len(run))]
         for row, ids in enumerate(found):
             run.stream(row, ids)
         return found
@@ -97,7 +98,7 @@ class Opera(Loop):
                 history.append(state)
                 state, parents = self._step(run, number, session, scores, state)
                 if not state.beams or self._is_done(state):
-                    return self._best(state)
+                    return self._best(number, state)
                 column = return_to(
                     [b.columns for b in state.beams], returns, patience=self.patience, most_returns=self.candidates
                 )
@@ -121,13 +122,17 @@ class Opera(Loop):
         beams = state.beams
         shaped = run.shaped([number] * len(beams), [b.ids for b in beams], scores).double()
         for row, excluded in enumerate(state.excluded):
-            shaped[row, list(excluded)] = -torch.inf
-        top = shaped.topk(min(self.candidates, shaped.shape[-1]), -1)
-        attention = self._attention(session, top.indices)
+            without = shaped[row].clone()
+            without[list(excluded)] = -torch.inf
+            # Where the processors leave nothing else, what was excluded may come again.
+            if bool((without > -torch.inf).any()):
+                shaped[row] = without
+        top = best_continuations(shaped, beams=self.candidates)
+        attention = self._attention(session, top)
         penalties, columns = self._penalties(run, number, beams, attention)
-        laws = candidate_scores(shaped, top.indices, penalties, alpha=self.alpha).log_softmax(-1)
-        for row, excluded in enumerate(state.excluded):
-            laws[row, list(excluded)] = -torch.inf
+        laws = candidate_scores(shaped, top, penalties, alpha=self.alpha).log_softmax(-1)
+        # Far below the candidates is not low enough for what is forbidden.
+        laws = laws.masked_fill(shaped == -torch.inf, -torch.inf)
         totals = (laws + torch.tensor([[b.score] for b in beams], dtype=laws.dtype, device=laws.device)).flatten()
         order = totals.sort(descending=True, stable=True).indices[: 2 * self.width].tolist()
         after = _State([], list(state.finished))
@@ -145,7 +150,7 @@ class Opera(Loop):
                 if rank < self.width:
                     after.finished.append(self._normalized(total, ids))
                 continue
-            at = (top.indices[row] == token).nonzero()
+            at = (top[row] == token).nonzero()
             # A token beside the candidates has no attention; its score is far below theirs.
             seen = attention[row][int(at)] if len(at) else attention[row][0]
             after.beams.append(_Beam(ids, total, (*beams[row].attention, seen), (*beams[row].columns, columns[row])))
@@ -192,5 +197,26 @@ class Opera(Loop):
     def _normalized(self, score: float, ids: tuple[int, ...]) -> tuple[float, tuple[int, ...]]:
         return score / len(ids) ** self.length_penalty, ids
 
-    def _best(self, state: _State) -> list[int]:
+    def _best(self, number: int, state: _State) -> list[int]:
+        if not state.finished:
+            raise ValueError(f"prompt {number}: the processors leave no token that could follow; loosen one")
         return list(max(state.finished, key=lambda entry: entry[0])[1])
+
+
+@contextmanager
+def _eager(model: Any) -> Iterator[None]:
+    """Attention that hands out its weights, while the block lasts."""
+    causal = base_model(model)
+    if not hasattr(causal, "set_attn_implementation"):
+        raise ValueError(f"opera reads attention weights, and {type(causal).__name__} has none to hand out")
+    kind = causal.config.get_text_config(decoder=True)._attn_implementation
+    causal.set_attn_implementation("eager")
+    try:
+        if causal.config.get_text_config(decoder=True)._attn_implementation != "eager":
+            raise ValueError(
+                f"opera reads attention weights, which {kind!r} attention does not give, and {type(causal).__name__} "
+                "cannot change it; load the model with attn_implementation='eager'"
+            )
+        yield
+    finally:
+        causal.set_attn_implementation(kind)

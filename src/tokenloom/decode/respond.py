@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,21 +108,16 @@ def respond(
     """
     if (returned := getattr(decoding.loop, "returned", 1)) != 1:
         raise ValueError(
-            f"{type(decoding.loop).__name__} would return {returned} sequences a prompt; several "
-            "answers are asked for by `copies` here"
+            f"{type(decoding.loop).__name__} would return {returned} sequences a prompt; leave out `returned`: several "
+            "answers are asked for by `copies` here, -n on the command line"
         )
     rows = [(i, prompt) for i, prompt in enumerate(prompts) for _ in range(copies)]
     at_once = decoding.batch if getattr(decoding.loop, "batches", True) else 1
     loop, kept = decoding.loop, _Kept()
-    loop.draw = RandomDraw(torch.Generator().manual_seed(seed))
-    for shaper in decoding.shapers:
-        if hasattr(shaper, "draw"):
-            shaper.draw = loop.draw
-    if on_tokens is not None and len(rows) == 1:
-        loop.streamer = _Streamer(on_tokens)
+    streamer = _Streamer(on_tokens) if on_tokens is not None and len(rows) == 1 else None
     answers: list[Answer] = []
     seconds, counts = 0.0, dict[str, float]()
-    with sampling_mode(policy):
+    with sampling_mode(policy), _lent(decoding, RandomDraw(torch.Generator().manual_seed(seed)), streamer):
         for begin in range(0, len(rows), at_once):
             some = rows[begin : begin + at_once]
             started = time.perf_counter()
@@ -139,10 +135,26 @@ def respond(
                 answers.append(Answer(prompt, new[i], logprobs[i], not ended[i], stand[i]))
             if progress is not None:
                 progress(len(answers), len(rows), sum(len(a.ids) for a in answers))
-    loop.streamer = None
     if kept.laws:
         counts["kept"] = kept.kept / kept.laws
     return Responses(answers, seconds, counts)
+
+
+@contextmanager
+def _lent(decoding: Decoding, draw: RandomDraw, streamer: _Streamer | None) -> Iterator[None]:
+    """The source of random choices and the streamer, for the loop and its processors, while the block lasts."""
+    loop = decoding.loop
+    drawing = [loop, *(shaper for shaper in decoding.shapers if hasattr(shaper, "draw"))]
+    before, shown = [each.draw for each in drawing], loop.streamer
+    try:
+        for each in drawing:
+            each.draw = draw
+        loop.streamer = streamer
+        yield
+    finally:
+        for each, own in zip(drawing, before, strict=True):
+            each.draw = own
+        loop.streamer = shown
 
 
 def _decode(policy: Any, prompts: Sequence[Sequence[int]], decoding: Decoding, kept: _Kept) -> list[list[int]]:

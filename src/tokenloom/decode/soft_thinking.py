@@ -33,9 +33,10 @@ from tokenloom.methods.decoding.soft_thinking import (
 class SoftThinking(Loop):
     """Mixtures of embeddings as inputs until `end` (text, by its last token, or an id); `temperature` 0 is greedy.
 
-    `threshold` and `length` are the cold stop's: in thinking it forces the end of thinking, in the answer it ends the
-    row. Mixtures are drawn around the model's with `dirichlet` (alpha) above 0, then made sharper or flatter at random
-    with `gumbel` (temperature) above 0, whether the answer is sampled or not; the code uses 1.0 and 0.5.
+    `threshold` and `length` are the cold stop's: in thinking it forces the end of thinking, in the answer it ends
+    the row. At temperature 0, where all laws are certain, its entropies are those at temperature 1. Mixtures are
+    drawn around the model's with `dirichlet` (alpha) above 0, then made sharper or flatter at random with `gumbel`
+    (temperature) above 0, whether the answer is sampled or not; the code uses 1.0 and 0.5.
     """
 
     unmasked = "feeds the model mixtures of tokens"
@@ -55,7 +56,11 @@ class SoftThinking(Loop):
         dirichlet: float = 0.0,
         gumbel: float = 0.0,
     ) -> None:
-        """Raises ValueError for cuts that keep nothing, noise below 0, or an end without a token."""
+        """Raises ValueError for cuts that keep nothing, a temperature or noise below 0, or an end without a token."""
+        if not temperature >= 0:
+            raise ValueError(f"soft-thinking: temperature must be 0 or more, got {temperature}")
+        if length < 1:
+            raise ValueError(f"soft-thinking: length = {length} would stop at once; threshold=0 is what never stops")
         if dirichlet < 0 or gumbel < 0:
             raise ValueError(
                 f"soft-thinking: dirichlet (alpha) and gumbel (temperature) are above 0, or 0 for no noise; got "
@@ -81,8 +86,9 @@ class SoftThinking(Loop):
             cold = torch.zeros(len(live), dtype=torch.int64, device=scores.device)
             while True:
                 news = [generated[r] for r in live]
-                law = law_at(plain.shaped(live, news, scores), self.temperature)
-                cold, stops = cold_stop(entropy(law), cold, **self.stop)
+                shaped = plain.shaped(live, news, scores)
+                law = law_at(shaped, self.temperature)
+                cold, stops = cold_stop(entropy(law_at(shaped, self.temperature or 1.0)), cold, **self.stop)
                 weights, ids = concept(law, **self.cuts)
                 if bool(thinking.any()):
                     weights, ids = self._disturbed(run.draw, weights, ids)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenloom.decode.hidden_states import evaluating
 from tokenloom.decode.layers import decoder_layers, first_tensor, hooked, mlp_of, with_first
 from tokenloom.decode.plain import Plain
 from tokenloom.decode.registry import decoder
@@ -40,11 +41,14 @@ def steering(model: Any, vector: Tensor, *, layer: int, multiplier: float | Tens
     """While it lasts, `multiplier` (or one per row, [B]) times `vector` [D] is added to the MLP output of a layer.
 
     Raises:
-        ValueError: for a layer that the model does not have.
+        ValueError: for a layer that the model does not have, or a vector of another model.
     """
     layers = decoder_layers(model)
     if not 0 <= layer < len(layers):
         raise ValueError(f"split-steering: the model has layers 0 to {len(layers) - 1}, not {layer}")
+    width = model.get_input_embeddings().embedding_dim
+    if vector.shape != (width,):
+        raise ValueError(f"split-steering: the vector must be [{width}] for this model, got {list(vector.shape)}")
 
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         hidden = first_tensor(output)
@@ -60,6 +64,12 @@ class SplitSteering(Loop):
     """Plain decoding with `vector` [D] added to the MLP output of a layer, `multiplier` times."""
 
     def __init__(self, vector: Tensor, *, layer: int = 20, multiplier: float = 1.0) -> None:
+        """Raises ValueError for a vector that is no tensor."""
+        if not isinstance(vector, Tensor):
+            raise ValueError(
+                "split-steering: the vector is a tensor, of fit_vector or of a .safetensors file under the name "
+                f"'vector'; got {vector!r}"
+            )
         self.vector, self.layer, self.multiplier = vector, layer, multiplier
 
     def rows(self, run: Run) -> list[list[int]]:
@@ -93,8 +103,8 @@ def continuation_losses(
 
 
 def pair_log_odds(model: Any, pairs: Sequence[Pair]) -> tuple[Tensor, Tensor]:
-    """Preference and utility log odds [N] of pairs of whole continuations, under the model as it is."""
-    with torch.no_grad():
+    """Preference and utility log odds [N] of pairs of whole continuations, under the model as it is steered."""
+    with torch.no_grad(), evaluating(base_model(model)):
         wanted = continuation_losses(model, [p.prompt for p in pairs], [p.positive for p in pairs], mean=False).double()
         unwanted = continuation_losses(model, [p.prompt for p in pairs], [p.negative for p in pairs], mean=False)
     return preference_log_odds(wanted, unwanted.double()), utility_log_odds(wanted, unwanted.double())

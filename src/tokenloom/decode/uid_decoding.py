@@ -5,6 +5,8 @@ model.generate(**inputs, custom_generate=decode.loop("uid-decoding", regularizer
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -39,8 +41,8 @@ class UidDecoding(Beams):
         known = ("greedy", "variance", "local-variance", "max", "square")
         if regularizer not in known:
             raise ValueError(f"uid-decoding: regularizer is one of {', '.join(known)}; got {regularizer!r}")
-        if lam < 0:
-            raise ValueError(f"uid-decoding: lam = {lam}; below 0 it would reward uneven text")
+        if not 0 <= lam < math.inf:
+            raise ValueError(f"uid-decoding: lam = {lam}; it is finite, and below 0 it would reward uneven text")
         super().__init__(beams, length_penalty, early_stopping, returned)
         self.regularizer, self.lam = regularizer, lam
         self.monotone = lam == 0 or regularizer in MONOTONE

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenloom.decode.hidden_states import evaluating
 from tokenloom.decode.layers import decoder_layers, first_tensor, hooked, mlp_of, with_first
 from tokenloom.decode.plain import Plain
 from tokenloom.decode.registry import decoder
@@ -84,6 +85,12 @@ class Vista(Loop):
     def __init__(
         self, directions: Tensor, *, strength: float = 0.1, gamma: float = 0.3, first: int = -1, last: int = -1
     ) -> None:
+        """Raises ValueError for directions that are no tensor."""
+        if not isinstance(directions, Tensor):
+            raise ValueError(
+                f"vista: directions are a tensor, of context_directions or of a .safetensors file under the name "
+                f"'directions'; got {directions!r}"
+            )
         self.directions = directions
         self.settings: dict[str, Any] = {"strength": strength, "gamma": gamma, "first": first, "last": last}
 
@@ -101,7 +108,8 @@ def _last_states(model: Any, prompt: Sequence[int]) -> Tensor:
         states.append(first_tensor(output)[0, -1].float())
 
     device = next(base_model(model).parameters()).device
-    with torch.no_grad(), hooked(model, [(layer, keep) for layer in decoder_layers(model)]):
+    hooks = [(layer, keep) for layer in decoder_layers(model)]
+    with torch.no_grad(), evaluating(base_model(model)), hooked(model, hooks):
         model(input_ids=torch.tensor([list(prompt)], device=device), use_cache=False)
     return torch.stack(states)
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenloom.decode.hidden_states import evaluating
 from tokenloom.decode.session import open_session
 from tokenloom.methods.decoding.r2r import TOP
 from tokenloom.rollout.forward import base_model
@@ -99,7 +100,7 @@ def judge_by_model(model: Any, tokenizer: Any) -> Judge:
             f"Continuation B: {question.small}\n\nAnswer: "
         )
         ids = torch.tensor([tokenizer.encode(text)], device=next(base_model(model).parameters()).device)
-        with torch.no_grad():
+        with torch.no_grad(), evaluating(base_model(model)):
             scores = model(input_ids=ids, use_cache=False).logits[0, -1]
         return bool(scores[one] > scores[zero])
 
@@ -110,7 +111,7 @@ def _read(small: Any, prompt: Sequence[int], response: Sequence[int]) -> tuple[T
     """The small model's last hidden states [T, D] and logits [T, V] before each token of a response."""
     device = next(base_model(small).parameters()).device
     ids = torch.tensor([[*prompt, *response[:-1]]], device=device)
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(base_model(small)):
         output = small(input_ids=ids, use_cache=False, output_hidden_states=True)
     first = len(prompt) - 1
     return output.hidden_states[-1][0, first:], output.logits[0, first:]

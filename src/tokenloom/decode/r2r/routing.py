@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tokenloom.decode.r2r.asking import Asking, ByEntropy, ByRouter, ByWindow
+from tokenloom.decode.r2r.training import load_router
 from tokenloom.decode.registry import decoder
 from tokenloom.decode.run import Loop, Run
 from tokenloom.decode.session import Session, open_session
@@ -26,12 +27,13 @@ class R2R(Loop):
 
     Without a router it is asked where the model's entropy is above `entropy` nats; or, with `window` tokens, from where
     its uncertainty reaches `uncertainty` (unless its entropy is below `certain`) until the mean over the window is
-    below it again. `carry`: that first token counts in the window. `threshold` is the router's. After a call,
-    `last_run.counts` has the share of tokens that the large model wrote, `usage`.
+    below it again. `carry`: that first token counts in the window. A router may be given by its file; `threshold` is
+    then the file's, else 0.5, where none is given. After a call, `last_run.counts` has the share of tokens that the
+    large model wrote, `usage`.
     """
 
     def __init__(
-        self, large: Any, router: Router | None = None, *, threshold: float = 0.5, entropy: float = 0.45,
+        self, large: Any, router: Router | str | None = None, *, threshold: float | None = None, entropy: float = 0.45,
         window: int = 0, uncertainty: float = 2.275, certain: float = 0.02, carry: bool = True,
     ) -> None:  # fmt: skip
         """Raises ValueError for a negative window, or for one beside a router."""
@@ -49,7 +51,7 @@ class R2R(Loop):
         generated: list[list[int]] = [[] for _ in range(len(run))]
         live = list(range(len(run)))
         asked = written = 0
-        asking = self._asking(len(run))
+        asking = self._asking(run)
         options: dict[str, Any] = {"output_hidden_states": True} if asking.reads_states else {}
         with run.session(**options) as small, ExitStack() as stack:
             reader = _Reader(self.large, stack)
@@ -60,7 +62,7 @@ class R2R(Loop):
                 routed = asking.asks(small, scores, chosen)
                 if bool(routed.any()):
                     answers = reader.read([[*run.prompts[r], *generated[r]] for r in live])
-                    _check_vocabularies(scores, answers)
+                    _check_vocabularies(scores.shape[-1], answers.shape[-1])
                     at = routed.nonzero()[:, 0].tolist()
                     better = run.choose([live[i] for i in at], [news[i] for i in at], answers[at])
                     for i, token in zip(at, better, strict=True):
@@ -78,12 +80,21 @@ class R2R(Loop):
                 live = [live[i] for i in running]
                 scores = small.step(torch.tensor([chosen[i] for i in running]))
 
-    def _asking(self, rows: int) -> Asking:
-        if self.router is not None:
-            return ByRouter(self.router, self.threshold)
-        if self.window:
-            return ByWindow(rows, self.window, self.uncertainty, self.certain, self.carry)
-        return ByEntropy(self.entropy)
+    def _asking(self, run: Run) -> Asking:
+        """What decides, once it is known that it goes with the models."""
+        small, large = (getattr(model, "get_output_embeddings", lambda: None)() for model in (run.model, self.large))
+        if small is not None and large is not None:
+            _check_vocabularies(small.weight.shape[0], large.weight.shape[0])
+        if self.router is None:
+            if self.window:
+                return ByWindow(len(run), self.window, self.uncertainty, self.certain, self.carry)
+            return ByEntropy(self.entropy)
+        embeddings = run.model.get_input_embeddings().weight
+        router, threshold = self.router, 0.5
+        if isinstance(router, str):
+            router, threshold = load_router(router, embeddings)
+        _check_router(router, embeddings)
+        return ByRouter(router, threshold if self.threshold is None else self.threshold)
 
 
 class _Reader:
@@ -112,9 +123,20 @@ class _Reader:
             self._session.branch(rows)
 
 
-def _check_vocabularies(small: Tensor, large: Tensor) -> None:
-    if small.shape[-1] != large.shape[-1]:
+def _check_vocabularies(small: int, large: int) -> None:
+    if small != large:
         raise ValueError(
-            f"r2r: the models score {small.shape[-1]} and {large.shape[-1]} tokens; they need the same tokenizer, and "
-            "heads of the same width"
+            f"r2r: the models score {small} and {large} tokens; they need the same tokenizer, and heads of the same "
+            "width"
         )
+
+
+def _check_router(router: Router, embeddings: Tensor) -> None:
+    known, own = router.embeddings.weight.shape, embeddings.shape
+    if known != own:
+        raise ValueError(
+            f"r2r: the router is for a small model of {known[0]} tokens and hidden size {known[1]}, and this one has "
+            f"{own[0]} and {own[1]}; fit a router to it"
+        )
+    if router.shape["top"] > own[0]:
+        raise ValueError(f"r2r: the router reads {router.shape['top']} logits, and the model has {own[0]}; fit another")
