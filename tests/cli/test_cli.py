@@ -7,15 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from typer.testing import CliRunner, Result
 
+from cli.calling import call
 from cli.tiny_run import make_tiny_model, tiny_recipe
-from tokenloom.cli.app import app
-
-
-def call(*arguments: object, **options: object) -> Result:
-    # Wide, so that the length of a temporary folder's name wraps no line.
-    return CliRunner(env={"COLUMNS": "240"}).invoke(app, [str(a) for a in arguments], **options)  # type: ignore[arg-type]  # click's own
 
 
 @pytest.fixture(scope="module")
@@ -312,3 +306,19 @@ def test_doctor_tells_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     found = json.loads(call("doctor", "--json").output)
     assert found["Models and disk"]["cache"]["value"] == str(tmp_path / "cache")
     assert found["Models and disk"]["smollm2-135m-instruct"]["value"] in ("installed", "missing")
+
+
+def test_methods_fit_narrow_terminals_and_say_how_they_are_called() -> None:
+    narrow = call("methods", "--family", "decoding", env={"COLUMNS": "60"})
+    assert narrow.output.splitlines()[0].split() == ["method", "what", "it", "does"]
+    assert max(map(len, narrow.output.splitlines())) <= 60
+    assert "paper" in call("methods", "--family", "decoding").output.splitlines()[0]
+    for slug, option in (
+        ("top-h", "--sampler top-h"),
+        ("rad", "--sampler rad:reward=..."),
+        ("stand", "--draft stand"),
+        ("speculative-sampling", "--draft speculative-sampling:draft=..."),
+        ("awrs", "--sampler awrs --constraint KIND=VALUE"),
+    ):
+        lines = [line.strip() for line in call("methods", slug).output.splitlines()]
+        assert any(line.endswith(f"generate MODEL PROMPT {option}") for line in lines), slug

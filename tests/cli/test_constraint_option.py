@@ -12,10 +12,11 @@ import jsonschema
 import pytest
 from transformers import LlamaConfig
 
-from cli.test_decoding_commands import call
+from cli.calling import call
 from cli.tiny_run import make_tiny_model
 from decode.tokenizers_at_hand import byte_level
 from tiny_models import build
+from tokenloom.cli.answers_file import AnswersFile
 
 pytest.importorskip("llguidance", reason="python -m pip install 'tokenloom[constraints]'")
 SCHEMA = {
@@ -186,6 +187,8 @@ def test_where_nothing_may_follow_the_beginning_is_left(characters: Path, folder
         (["--constraint", "lark=@."], "cannot be read"),
         (["--constraint", "choice=| "], "a choice names its texts"),
         (["--constraint", "predicate=rules.py:four"], "rules.py"),
+        (["--constraint", "predicate=missing.py:f"], "missing.py"),
+        (["--constraint", "predicate=raises.py:f"], "ZeroDivisionError: division by zero"),
         (["--constraint", "predicate=rules.py:number"], "a predicate is a function of the text so far"),
         (["--constraint", r"regex=[^\s\S]"], "has no text that begins with a token of this tokenizer"),
         (["--constraint", "regex=a", "--stop", "x"], "--stop goes with neither"),
@@ -198,6 +201,7 @@ def test_where_nothing_may_follow_the_beginning_is_left(characters: Path, folder
 )
 def test_mistakes_are_named(model: Path, folder: Path, arguments: list[str], message: str) -> None:
     (folder / "binary.bin").write_bytes(b"\xff\xfe\x00")
+    (folder / "raises.py").write_text("1 / 0\n")
     (folder / "rules.py").write_text("def three(text):\n    return len(text) == 3\n\nnumber = 3\n")
     result = call("generate", model, "1+1", "--raw", *arguments)
     assert result.exit_code == 2, result.output
@@ -214,7 +218,7 @@ def test_without_the_extra_its_name_is_told(model: Path, monkeypatch: pytest.Mon
 def test_what_allows_no_first_token_is_told(characters: Path, folder: Path) -> None:
     (folder / "none.py").write_text("def none(text):\n    return False\n")
     result = call("generate", characters, "1+1", "--raw", "--constraint", "predicate=none.py:none,none")
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert "the predicate none allows no first token" in result.stderr
 
 
@@ -228,3 +232,17 @@ def test_samplers_are_compared_under_a_constraint(model: Path, folder: Path) -> 
     lacking = call("compare-samplers", model, "plain", "awrs", "--prompt", "1")
     assert lacking.exit_code == 2
     assert "add --constraint" in lacking.stderr
+
+
+def test_an_interrupted_call_is_not_gone_on_with_under_a_changed_constraint(
+    model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = ("generate", model, "1", "--raw", "-n", 16, "--constraint", "choice=@answers.txt", "--out", "out.jsonl")
+    with monkeypatch.context() as patched:
+        # Stopped when all is there but its last move.
+        patched.setattr(AnswersFile, "finish", lambda self: None)
+        assert call(*asked).exit_code == 0
+    (folder / "answers.txt").write_text("perhaps\n", encoding="utf-8")
+    result = call(*asked)
+    assert result.exit_code == 2
+    assert "with other settings (--constraint)" in result.stderr

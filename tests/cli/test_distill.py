@@ -6,15 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner, Result
 
+from cli.calling import call
 from cli.tiny_run import make_tiny_model, tiny_recipe
-from tokenloom.cli.app import app
 from tokenloom.cli.distill import built_in_prompts
-
-
-def call(*arguments: object) -> Result:
-    return CliRunner(env={"COLUMNS": "240"}).invoke(app, [str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")

@@ -74,6 +74,41 @@ def test_ctrl_c_says_how_to_resume(made: Path) -> None:
     assert "Traceback" not in err
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows delivers Ctrl-C to a whole console, tests included")
+def test_generating_stops_and_goes_on_as_often_as_one_likes(made: Path) -> None:
+    (made / "many.txt").write_text("".join(f"{i % 4}+{i // 4 % 4}\n" for i in range(400)), encoding="utf-8")
+    asked = ["generate", "tiny-model", "--prompts", "many.txt", "--max-tokens", "80", "--out", "many.jsonl"]
+    part = made / "many.jsonl.part"
+    held = 1  # a line of settings
+    for kind, code in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
+        process = start(made, *asked)
+        deadline = time.monotonic() + 60
+        while not (part.exists() and part.read_bytes().count(b"\n") > held) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(kind)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == code, err
+        assert ("the same command goes on from" in err) == (kind is signal.SIGINT)
+        assert "Traceback" not in err
+        held = part.read_bytes().count(b"\n")
+        assert not (made / "many.jsonl").exists()
+    _, err = start(made, *asked).communicate(timeout=120)
+    assert "of 400 responses were there already" in err
+    assert (made / "many.jsonl").read_bytes().count(b"\n") == 400
+
+
+def test_a_reader_of_answers_may_leave(made: Path) -> None:
+    (made / "few.txt").write_text("1+1\n" * 200, encoding="utf-8")
+    process = start(made, "generate", "tiny-model", "--prompts", "few.txt", "--max-tokens", "80")
+    assert process.stdout is not None
+    assert process.stderr is not None
+    assert process.stdout.readline() == "1+1\n"
+    process.stdout.close()
+    assert "Traceback" not in process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 1
+
+
 def test_help_is_quick_and_loads_neither_torch_nor_transformers() -> None:
     code = (
         "import sys, tokenloom.cli.app as a\n"

@@ -6,18 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-import typer
-from typer.testing import CliRunner
 
+from cli.calling import call
 from report.make_batch import store_batches
 from report.make_run import make_run
-from tokenloom.cli.report import report
-from tokenloom.cli.tokens import tokens
 from tokenloom.lab import bench
-
-app = typer.Typer()
-app.command("tokens")(tokens)
-app.command("report")(report)
 
 
 @pytest.fixture(scope="module")
@@ -25,17 +18,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store_batches(make_run(tmp_path_factory.mktemp("cli") / "run", steps=3, algorithm="dapo"))
 
 
-def _call(*arguments: str | Path) -> tuple[int, str]:
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    return result.exit_code, result.output
-
-
 def test_tokens(run: Path) -> None:
-    code, text = _call("tokens", run, "--quantity", "coefficient", "--compare", "reinforce, dapo", "--step", "2")
-    assert code == 0
-    assert "step 2 · prompt" in text
+    result = call("tokens", run, "--quantity", "coefficient", "--compare", "reinforce, dapo", "--step", "2")
+    assert result.exit_code == 0
+    assert "step 2 · prompt" in result.output
     for name in ("as trained", "reinforce", "dapo"):
-        assert f"tokens · {name}" in text
+        assert f"tokens · {name}" in result.output
 
 
 @pytest.mark.parametrize(
@@ -47,15 +35,15 @@ def test_tokens(run: Path) -> None:
     ],
 )
 def test_what_cannot_be_shown_is_said(run: Path, options: list[str], says: str) -> None:
-    code, text = _call("tokens", run, *options)
-    assert code != 0
-    assert says in text
+    result = call("tokens", run, *options)
+    assert result.exit_code != 0
+    assert says in result.output
 
 
 def test_report_with_other_presets(run: Path, tmp_path: Path) -> None:
-    code, text = _call("report", run, "--out", tmp_path / "page.html", "--compare", "reinforce,ppo-gae")
-    assert code == 0
-    assert f"report: {tmp_path / 'page.html'}" in text
+    result = call("report", run, "--out", tmp_path / "page.html", "--compare", "reinforce,ppo-gae")
+    assert result.exit_code == 0
+    assert f"report: {tmp_path / 'page.html'}" in result.output
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert 'data-blob="1/coefficient"' in page
     assert "it needs old_values, values, which this run did not store" in page
@@ -66,10 +54,10 @@ def test_a_lab_folder_gives_its_leaderboard(tmp_path: Path) -> None:
     summary = {"boards": {}, "not_run": []}
     held = {"about": {"plan": vars(bench.Plan())}, "records": [], "summary": summary}
     (tmp_path / "results.json").write_text(json.dumps(held), encoding="utf-8")
-    code, text = _call("report", tmp_path)
-    assert code == 0
-    assert f"leaderboard: {tmp_path / 'index.html'}" in text
+    result = call("report", tmp_path)
+    assert result.exit_code == 0
+    assert f"leaderboard: {tmp_path / 'index.html'}" in result.output
     assert "<html" in (tmp_path / "index.html").read_text(encoding="utf-8")
-    code, text = _call("report", tmp_path, "--compare", "dapo")
-    assert code == 2
-    assert "compares its methods already" in text
+    result = call("report", tmp_path, "--compare", "dapo")
+    assert result.exit_code == 2
+    assert "compares its methods already" in result.output

@@ -8,15 +8,10 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner, Result
 
+from cli.calling import call
 from cli.tiny_run import make_tiny_model
-from tokenloom.cli.app import app
 from tokenloom.decode.ftpo import balanced, read_pairs
-
-
-def call(*arguments: object) -> Result:
-    return CliRunner(env={"COLUMNS": "240"}).invoke(app, [str(a) for a in arguments])
 
 
 @pytest.fixture(scope="module")
@@ -75,3 +70,24 @@ def test_mistakes_are_named(model: Path, prompts: Path, tmp_path: Path, argument
     assert result.exit_code in (1, 2)
     assert message in result.stderr.replace("\n", " ")
     assert not (tmp_path / "x").exists()
+
+
+def test_an_interruption_says_how_to_use_what_was_sampled(
+    model: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    out = tmp_path / "model"
+    asked = ("unslop", model, "--prompts", prompts, "--ban", "1", "--max-tokens", 12, "--samples", 3, "--out", out)
+    with monkeypatch.context() as patched:
+        patched.setattr("tokenloom.decode.ftpo.fit_ftpo", stop)
+        result = call(*asked)
+    assert result.exit_code == 130
+    assert f"--pairs {out / 'pairs.jsonl'}" in result.stderr
+    went_on = call("unslop", model, "--pairs", out / "pairs.jsonl", "--lora-rank", 8, "--out", out)
+    assert went_on.exit_code == 0, went_on.output
+    prompts.with_name("file").write_text("x", encoding="utf-8")
+    assert (
+        "is a file; name a new folder" in call("unslop", model, "--ban", "1", "--out", prompts.with_name("file")).stderr
+    )

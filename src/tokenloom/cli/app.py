@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Annotated
 
@@ -28,13 +29,22 @@ HELP = """Token-level methods for language models: train, measure, look.
 First steps:
   tokenloom train quickstart            teach a small model one-digit sums
   tokenloom train quickstart --dry-run  what that would take
-  tokenloom methods                     algorithms, decoding methods and their parts
-  tokenloom lab --quick                 measure them against exact ground truth
+  tokenloom generate smollm2-135m-instruct "Hello!" --draft token-recycling
+                                        let a model write, decoded so
+  tokenloom methods                     algorithms, decoding, their parts
+  tokenloom lab --quick                 measure them against exact truth
   tokenloom doctor                      what this machine can do
 
 Examples of each command: tokenloom COMMAND --help
 Exit codes: 0 done, 1 failed, 2 wrong command line or recipe, 130 Ctrl-C.
 """
+
+
+def flowing(text: str) -> str:
+    """Help without the line breaks of the source; paragraphs with indented lines, such as examples, keep theirs."""
+    paragraphs = inspect.cleandoc(text).split("\n\n")
+    return "\n\n".join(p if "\n " in p else p.replace("\n", " ") for p in paragraphs)
+
 
 app = typer.Typer(
     help=HELP,
@@ -60,7 +70,7 @@ for function, name in (
     (lab, "lab"),
     (doctor, "doctor"),
 ):
-    app.command(name)(function)
+    app.command(name, help=flowing(function.__doc__ or ""))(function)
 
 
 def _version(wanted: bool) -> None:

@@ -12,10 +12,12 @@ from rich.text import Text
 
 from tokenloom.cli.console import console, pairs, program, table
 from tokenloom.cli.guard import UsageError, guarded
+from tokenloom.hints import suggest
 
 if TYPE_CHECKING:
-    from tokenloom.catalog import Hyperparameter, Method
+    from tokenloom.catalog import Method
     from tokenloom.decode.registry import Decoder
+    from tokenloom.parameters import Hyperparameter
 
 
 @guarded
@@ -40,7 +42,7 @@ def methods(
         known = [m.slug for m in chosen]
         chosen = [m for m in chosen if m.slug == slug.partition("/")[0]]
         if not chosen:
-            raise UsageError(f"unknown method {slug!r}{catalog.suggest(slug, known)}")
+            raise UsageError(f"unknown method {slug!r}{suggest(slug, known)}")
     chosen = _filtered(chosen, "family", family, lambda m: [m.family])
     chosen = _filtered(chosen, "stage", stage, lambda m: m.stages)
     if as_json:
@@ -55,8 +57,6 @@ def methods(
 def _filtered(chosen: list[Method], what: str, wanted: str | None, of: Any) -> list[Method]:
     if wanted is None:
         return chosen
-    from tokenloom.catalog import suggest
-
     known = {value for m in chosen for value in of(m)}
     if wanted not in known:
         raise UsageError(f"unknown {what} {wanted!r}{suggest(wanted, known)}")
@@ -101,16 +101,19 @@ def described(method: Method) -> dict[str, Any]:
 
 
 def _print_table(chosen: list[Method], out: Console) -> None:
+    wide = out.width >= 100
+    shown = table("method", *(("preset", "stage", "paper") if wide else ()), "what it does")
     # Rich folds the last column of a narrow terminal; the slug must stay whole, since people copy it.
-    shown = table("method", "preset", "stage", "paper", "what it does")
     shown.columns[0].no_wrap = True
-    shown.columns[2].max_width = 20
-    shown.columns[3].max_width = 18
+    if wide:
+        shown.columns[2].max_width = 20
+        shown.columns[3].max_width = 18
     for method in chosen:
         name = Text(method.slug, style="bold" if method.preset else "")
         # The paper has a column of its own.
         headline = re.sub(r"\s*\([^()]*\d{4}[^()]*\)\.?$", "", _headline(method))
-        shown.add_row(name, "yes" if method.preset else "", ", ".join(method.stages), method.paper, headline)
+        about = ("yes" if method.preset else "", ", ".join(method.stages), method.paper) if wide else ()
+        shown.add_row(name, *about, headline)
     out.print(shown)
     presets = sum(m.preset is not None for m in chosen)
     out.print(f"\n{len(chosen)} methods, {presets} of them with a preset.", style="dim")
@@ -130,8 +133,18 @@ def _decoders(method: Method) -> list[Decoder]:
     return [decoders(kind)[method.slug] for kind in KINDS if method.slug in decoders(kind)]
 
 
+def _option(method: Method, called: Decoder) -> str:
+    """How `generate` is asked for a method, with what it needs besides the model."""
+    needed = [name for name, required in called.inputs.items() if required and name not in ("model", "tokenizer")]
+    given = ",".join(f"{name}=..." for name in needed if name != "constraint")
+    option = "--draft" if {"draft", "verify"} & set(method.stages) else "--sampler"
+    constraint = " --constraint KIND=VALUE" if "constraint" in needed else ""
+    return f"{option} {method.slug}{':' if given else ''}{given}{constraint}"
+
+
 def _print_method(method: Method, out: Console) -> None:
-    from tokenloom.catalog import TRAINING_STAGES, describe_type
+    from tokenloom.catalog import TRAINING_STAGES
+    from tokenloom.parameters import describe_type
 
     out.print(method.slug, style="bold")
     rows: list[tuple[str, str | Text]] = [
@@ -142,8 +155,8 @@ def _print_method(method: Method, out: Console) -> None:
         if method.preset.dialects:
             rows.append(("dialects", ", ".join(method.preset.dialects)))
     built = _decoders(method)
-    if any(found.kind in ("shaper", "loop") for found in built):
-        rows.append(("on the command line", f"{program()} generate MODEL PROMPT --sampler {method.slug}"))
+    if called := next((found for found in built if found.kind in ("shaper", "loop")), None):
+        rows.append(("on the command line", f"{program()} generate MODEL PROMPT {_option(method, called)}"))
     pairs(out, rows)
     out.print()
     for line in method.document.splitlines():
@@ -178,7 +191,7 @@ def _print_method(method: Method, out: Console) -> None:
 
 
 def _print_parameters(parameters: dict[str, Hyperparameter], out: Console) -> None:
-    from tokenloom.catalog import describe_type
+    from tokenloom.parameters import describe_type
 
     if not parameters:
         return
@@ -211,7 +224,7 @@ def _defaults(parameters: dict[str, Hyperparameter]) -> dict[str, Any]:
 
 
 def _takes(parameters: dict[str, Hyperparameter]) -> dict[str, str]:
-    from tokenloom.catalog import describe_type
+    from tokenloom.parameters import describe_type
 
     return {name: describe_type(held.annotation) for name, held in parameters.items()}
 

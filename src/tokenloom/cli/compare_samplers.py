@@ -8,11 +8,12 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from tokenloom.cli.answers_file import check_place
 from tokenloom.cli.console import console, interactive, quiet_libraries, table, visible
-from tokenloom.cli.decoding import CONSTRAINT_HELP, check_names, decoding_of, read_constraint
+from tokenloom.cli.decoding import CONSTRAINT_HELP, decoding_of, named, read_constraint
 from tokenloom.cli.guard import UsageError, guarded
-from tokenloom.cli.models import model_source
-from tokenloom.cli.prompts import chat, read_prompts
+from tokenloom.cli.models import load_policy
+from tokenloom.cli.prompts import encoded, read_prompts, room
 
 
 @guarded
@@ -42,43 +43,48 @@ def compare_samplers(
     """
     from tokenloom.batch import Sampling
     from tokenloom.cli.stage import stage_progress
-    from tokenloom.decode.respond import respond
-    from tokenloom.policy import Policy
-    from tokenloom.report.samplers import Column, measured, write_samplers
+    from tokenloom.decode.respond import Decoding, respond
+    from tokenloom.report.samplers import LEGEND, Column, headings, measured, write_samplers
     from tokenloom.report.text import prompt_text
 
     given = read_prompts(prompt, prompts)
     if len(set(methods)) != len(methods):
         raise UsageError("a method is named twice")
-    if out is not None and not out.parent.is_dir():
-        raise UsageError(f"there is no folder {out.parent} to write {out.name} into")
+    check_place(out, prompts)
     required = read_constraint(constraint)
     for text in methods:
-        check_names(text, constrained=required is not None)
+        named(text, constrained=required is not None)
     screen, notes = console(), console(stderr=True)
     quiet_libraries(notes)
-    policy = Policy.load(model_source(model))
-    ids = [policy.encode_prompt(p if raw else chat(p)).tolist() for p in given]
+    policy = load_policy(model)
+    ids = encoded(policy, given, raw=raw)
+    room(policy, ids, max_tokens)
+    # The first call of a process is slower than the ones behind it.
+    respond(policy, ids[:1], Decoding(max_tokens=2))
     columns = []
     for text in methods:
         decoding = decoding_of(policy, text, None, Sampling(temperature, max_tokens=max_tokens), required)
         with stage_progress(notes, text, show=interactive(notes)) as report:
-            columns.append(Column(text, respond(policy, ids, decoding, copies=n, seed=seed, progress=report)))
-    judged = ("fulfilled",) if required is not None else ()
-    shown = table("method", "distinct 2-grams", "repeated 4-grams", "log-prob a token", "tokens", "tok/s", *judged)
+            try:
+                found = respond(policy, ids, decoding, copies=n, seed=seed, progress=report)
+            except ValueError as error:  # a loop refuses what it is given
+                raise UsageError(f"{text}: {error}") from None
+        columns.append(Column(text, found))
+    judged = required is not None
+    shown = table(*headings(judged))
     for column in columns:
-        m = measured(column)
-        shown.add_row(
-            Text(visible(column.name)), f"{m.distinct:.2f}", f"{m.repeated:.2f}", f"{m.logprob:.2f}", f"{m.length:.0f}",
-            f"{m.speed:,.0f}", *([f"{m.fulfilled:.0%}"] if required is not None else ()),
-        )  # fmt: skip
+        shown.add_row(Text(visible(column.name)), *measured(column).cells(judged))
     screen.print(shown)
-    screen.print(
-        "distinct: of all 2-grams of the responses to a prompt; repeated: 4-grams that a response had before; "
-        "log-prob in nats under the model alone",
-        style="dim",
-    )
+    screen.print(LEGEND, style="dim")
     if out is not None:
         texts = [prompt_text(p) for p in given]
-        write_samplers(out, model, texts, columns, lambda x: policy.tokenizer.decode(x, skip_special_tokens=True))
+        settings = (
+            f"{n} responses to each prompt, of at most {max_tokens} tokens; temperature {temperature:g}, seed {seed}"
+        )
+        if constraint is not None:
+            settings += f"; {constraint}"
+        write_samplers(
+            out, f"{model}: {settings}", texts, columns,
+            lambda x: policy.tokenizer.decode(x, skip_special_tokens=True), judged=judged,
+        )  # fmt: skip
         notes.print(f"side by side in {out}")

@@ -57,9 +57,9 @@ def pairs(out: Console, rows: list[tuple[str, str | Text]], indent: int = 2, sty
 
 def visible(text: str) -> str:
     """Model output that is safe on a terminal: lines stay lines, other control characters become `\\uXXXX`."""
-    from tokenloom.report.text import printable
+    from tokenloom.report import text as report_text
 
-    return "\n".join(printable(line, len(line)) for line in text.expandtabs(4).split("\n"))
+    return report_text.visible(text)
 
 
 def count(number: float) -> str:

@@ -10,8 +10,8 @@ import typer
 
 from tokenloom.cli.console import console, pairs, program, quiet_libraries
 from tokenloom.cli.guard import Interrupted, guarded
-from tokenloom.cli.models import model_source
-from tokenloom.cli.prompts import Prompt, chat, read_prompts
+from tokenloom.cli.models import load_policy
+from tokenloom.cli.prompts import Prompt, encoded, read_prompts
 
 
 @guarded
@@ -26,7 +26,7 @@ def distill(
     epochs: Annotated[int, typer.Option(min=1, help="Times that the student reads the samples.")] = 4,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest sample, in tokens.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 4,
-    learning_rate: Annotated[float, typer.Option(help="Highest one, of AdamW.")] = 1e-3,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Highest one, of AdamW.")] = 1e-3,
     autocast: Annotated[bool, typer.Option(help="Matrix products in bfloat16.")] = True,
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the prompts as text, without the chat template.")
@@ -53,11 +53,11 @@ def distill(
     quiet_libraries(notes)
     from tokenloom.decode.student import Settings
     from tokenloom.decode.student import distill as run
-    from tokenloom.policy import ModelConfig, Policy
+    from tokenloom.policy import ModelConfig
 
     settings = Settings(layers, tokens, max_tokens, epochs, batch, learning_rate, seed)
-    policy = Policy.load(model_source(teacher), ModelConfig(autocast="bf16" if autocast else "none"))
-    ids = [policy.encode_prompt(p if raw else chat(p)).tolist() for p in given]
+    policy = load_policy(teacher, ModelConfig(autocast="bf16" if autocast else "none"))
+    ids = encoded(policy, given, raw=raw)
     try:
         with fit_progress(notes) as report:
             found = run(policy, ids, out, settings, name=teacher, report=report)

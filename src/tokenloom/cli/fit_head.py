@@ -7,9 +7,10 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from tokenloom.cli.answers_file import check_place
 from tokenloom.cli.console import console, program, quiet_libraries
 from tokenloom.cli.guard import UsageError, guarded
-from tokenloom.cli.models import model_source
+from tokenloom.cli.models import load_policy, model_source
 
 
 @guarded
@@ -40,24 +41,25 @@ def fit_head(
     """
     if out.suffix != ".safetensors":
         raise UsageError(f"--out {out}: a head is a file ending in .safetensors")
+    check_place(out)
     from tokenloom.train.recipe import load_recipe
 
     chosen = load_recipe(recipe, [f"task.{text}" for text in task or []])
-    source = model_source(model)
+    model_source(model)
     screen, notes = console(), console(stderr=True)
     quiet_libraries(notes)
     from tokenloom.batch import Sampling
     from tokenloom.cli.fit_progress import fit_progress
     from tokenloom.decode.heads import USES, save_head
     from tokenloom.decode.heads import fit_head as fit
-    from tokenloom.policy import ModelConfig, Policy
+    from tokenloom.policy import ModelConfig
     from tokenloom.tasks import Verifier, load_task
     from tokenloom.train.respond import Responder
 
     items: Any = load_task(chosen.task)
     if items.environment is not None:
         raise UsageError("a head is fitted to single responses; this task has an environment of several turns")
-    policy = Policy.load(source, ModelConfig(autocast="bf16" if autocast else "none"))
+    policy = load_policy(model, ModelConfig(autocast="bf16" if autocast else "none"))
     sampling = Sampling(1.0, max_tokens=max_tokens or chosen.rollout.max_tokens, stop=tuple(chosen.rollout.stop))
     sides = {"sampling": items.train[:problems], "sampling held-out": items.heldout[: max(1, problems // 2)]}
     with fit_progress(notes) as report, Verifier(chosen.task) as verifier:

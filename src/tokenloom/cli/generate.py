@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.text import Text
 
+from tokenloom.cli.answering import Answers, Asked, Decoded, Sampled
+from tokenloom.cli.answers_file import AnswersFile, Line, check_place
 from tokenloom.cli.console import console, interactive, quiet_libraries, visible
-from tokenloom.cli.decoding import CONSTRAINT_HELP, check_names, constraint_note, decoding_of, read_constraint
-from tokenloom.cli.guard import UsageError, guarded
+from tokenloom.cli.decoding import CONSTRAINT_HELP, constraint_note, named, read_constraint
+from tokenloom.cli.guard import Interrupted, UsageError, guarded
 from tokenloom.cli.models import model_source
-from tokenloom.cli.prompts import Prompt, chat, read_prompts
+from tokenloom.cli.prompts import Question, read_questions
 
 if TYPE_CHECKING:
     from tokenloom.batch import Sampling
-    from tokenloom.decode.constraints import Written
 
 DEFAULT_TOKENS = 128
-Show = Callable[[str], None]
+Keep = Callable[[list[Line]], None]
 
 
 @guarded
@@ -39,12 +42,19 @@ def generate(
         typer.Option(
             "--sampler",
             "-s",
+            metavar="METHOD",
             help="Decoding methods, in order: NAME or NAME:key=value,key=value; "
             "repeatable, or joined with +. See: tokenloom methods --family decoding.",
         ),
     ] = None,
     draft: Annotated[
-        str | None, typer.Option("--draft", help="Draft several tokens a step by this method; the law stays the same.")
+        str | None,
+        typer.Option(
+            "--draft",
+            metavar="METHOD",
+            help="Draft several tokens a step; the law stays the same. token-recycling, stand, prompt-lookup, "
+            "speculative-sampling:draft=MODEL, speculative:drafter=NAME,verifier=NAME and others.",
+        ),
     ] = None,
     constraint: Annotated[str | None, typer.Option("--constraint", metavar="KIND=VALUE", help=CONSTRAINT_HELP)] = None,
     max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest response, in tokens; default 128.")] = None,
@@ -57,7 +67,8 @@ def generate(
     system: Annotated[str | None, typer.Option(help="System message put before each prompt.")] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as text, without the chat template.")] = False,
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Write JSON lines: prompt, response, tokens, log-prob.")
+        Path | None,
+        typer.Option("--out", "-o", help="Write JSON lines: id, prompt, response, tokens, truncated, log-prob."),
     ] = None,
 ) -> None:
     """Let a model answer prompts.
@@ -65,6 +76,7 @@ def generate(
     What the model writes is shown as text: control characters are made visible. A single response appears while it is
     written. --temperature comes before the methods of --sampler, --top-k and --top-p behind it. Under --constraint the
     lines of --out say whether a response is fulfilled, unfinished (cut by --max-tokens) or failed (its beginning).
+    Until all are there they stand in FILE.part; after an interruption the same command goes on from them.
 
     Examples:
       tokenloom generate smollm2-135m-instruct "What is 7 + 8?"
@@ -78,159 +90,136 @@ def generate(
     from tokenloom.batch import Sampling
     from tokenloom.rollout.sampler import check_sampling
 
-    given = read_prompts(prompt, prompts)
+    given = read_questions(prompt, prompts)
     sampling = Sampling(temperature, top_k, top_p, max_tokens or DEFAULT_TOKENS, tuple(stop or ()), seed)
-    check_sampling(sampling)
-    if raw and (system or any(not isinstance(p, str) for p in given)):
+    _check(check_sampling, sampling)
+    if raw and (system or any(not isinstance(q.prompt, str) for q in given)):
         raise UsageError("--raw continues plain text; it goes with neither --system nor chat messages")
-    if out is not None and not out.parent.is_dir():
-        raise UsageError(f"there is no folder {out.parent} to write {out.name} into")
+    check_place(out, prompts)
+    if "" in (draft, *(s.strip() for s in sampler or ())):
+        raise UsageError("--sampler and --draft take a method's name; leave them out for none")
     if (sampler or draft or constraint) and stop:
         raise UsageError("--stop goes with neither --sampler nor --draft nor --constraint")
-    source = model_source(model)
+    model_source(model)
     methods = "+".join(sampler or ())
     required = read_constraint(constraint)
     decodes = bool(methods or draft or required)
     if decodes:
-        check_names(methods, draft, constrained=required is not None)
+        named(methods, draft, constrained=required is not None)
     screen, notes = console(), console(stderr=True)
     quiet_libraries(notes)
-    asked = _Asked(source, given, sampling, n, system, raw, shorten=max_tokens is None)
-    streams = out is None and n == 1 and len(given) == 1 and interactive(screen)
-
-    def show(piece: str) -> None:
-        screen.print(Text(visible(piece)), end="", soft_wrap=True)
-
-    told = show if streams else None
-    answer = _decoded(asked, methods, draft, required, notes, told) if decodes else _sampled(asked, notes, told)
+    file = None
     if out is not None:
-        text = "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in answer.lines)
-        out.write_text(text, encoding="utf-8", newline="\n")
-        notes.print(f"{len(answer.lines)} responses in {out}")
+        settings = {
+            "model": model, "prompts": _digest(given), "--sampler": methods, "--draft": draft,
+            "--constraint": _written(constraint), "--max-tokens": max_tokens, "--temperature": temperature,
+            "--top-p": top_p, "--top-k": top_k, "-n": n, "--stop": stop, "--system": system, "--raw": raw,
+        }  # fmt: skip
+        file = AnswersFile(out, settings, seed)
+    chosen = file.seed if file is not None else secrets.randbelow(2**31) if seed is None else seed
+    asked = Asked(model, given, replace(sampling, seed=chosen), n, system, raw, shorten=max_tokens is None)
+    streams = out is None and n == 1 and len(given) == 1 and interactive(screen)
+    # A pipe gets answers as they come; on a terminal the line of progress is in their way.
+    flows = out is None and not interactive(screen)
+    several = len(given) > 1
+    try:
+        answers = Decoded(asked, methods, draft, required) if decodes else Sampled(asked)
+        keep = file.add if file is not None else (lambda new: _show(new, n, several, screen)) if flows else None
+        lines = _answered(answers, file, notes, screen if streams else None, keep)
+    except KeyboardInterrupt:
+        if streams:
+            screen.print()
+        raise Interrupted(_left(file)) from None
+    finally:
+        if file is not None:
+            file.leave()
+    if file is not None:
+        file.finish()
+        notes.print(f"{len(lines)} response{'s' if len(lines) > 1 else ''} in {out}")
     elif streams:
         screen.print()
-    else:
-        _show(given, answer.lines, n, screen)
-    tokens = sum(line["tokens"] for line in answer.lines)
-    speed = f"{tokens:,} tokens in {answer.seconds:.1f} s, {tokens / max(answer.seconds, 1e-9):,.0f} tok/s"
-    notes.print(", ".join([speed, *answer.notes, f"seed {answer.seed}"]), style="dim")
-    if answer.warning:
-        notes.print(answer.warning, style="yellow")
+    elif not flows:
+        _show(lines, n, several, screen)
+    speed = f"{answers.tokens:,} tokens in {answers.seconds:.1f} s"
+    if answers.tokens:
+        speed += f", {answers.tokens / max(answers.seconds, 1e-9):,.0f} tok/s"
+    notes.print(", ".join([speed, *answers.notes(), f"seed {chosen}"]), style="dim")
+    if warning := constraint_note([line.get("constraint") for line in lines], answers.sampling.max_tokens):
+        notes.print(warning, style="yellow")
 
 
-@dataclass(frozen=True)
-class _Asked:
-    source: str
-    prompts: list[Prompt]
-    sampling: Sampling
-    copies: int
-    system: str | None
-    raw: bool
-    shorten: bool
-
-    def load(self) -> tuple[Any, list[list[int]], Sampling]:
-        """The policy, the prompts' ids, and the sampling at a length that fits the model."""
-        from tokenloom.policy import Policy
-        from tokenloom.rollout.engine import model_positions
-
-        policy = Policy.load(self.source)
-        encoded = [policy.encode_prompt(p if self.raw else chat(p, self.system)).tolist() for p in self.prompts]
-        positions = model_positions(policy)
-        if not self.shorten or positions is None:
-            return policy, encoded, self.sampling
-        # Nobody asked for the default length, so it gives way to a small model's limit.
-        room = max(positions - max(len(i) for i in encoded), 1)
-        return policy, encoded, replace(self.sampling, max_tokens=min(self.sampling.max_tokens, room))
-
-
-@dataclass
-class _Answer:
-    lines: list[dict[str, Any]]
-    seconds: float
-    seed: int | None
-    notes: list[str]
-    warning: str = ""
-
-
-def _sampled(asked: _Asked, notes: Console, show: Show | None) -> _Answer:
-    """By the engine that rollouts use."""
-    import time
-
+def _answered(
+    answers: Answers, file: AnswersFile | None, notes: Console, screen: Console | None, keep: Keep | None
+) -> list[Line]:
+    """All answers, those of an interrupted call first; `keep` is told the new ones when some prompts are done."""
     from tokenloom.cli.stage import stage_progress
-    from tokenloom.decode.respond import text_pieces
-    from tokenloom.rollout import generate as sample
 
-    policy, ids, sampling = asked.load()
-    piece = text_pieces(policy.tokenizer)
-    started = time.monotonic()
-    with stage_progress(notes, "generating", show=interactive(notes) and show is None) as report:
-        rollouts = sample(
-            policy, ids, sampling, copies=asked.copies, progress=report, max_rows=64,
-            on_tokens=None if show is None else lambda _row, new: show(piece(new)),
-        )  # fmt: skip
-    seconds = time.monotonic() - started
-    rows = [rollouts.response(i).tolist() for i in range(len(rollouts))]
-    lines = []
-    for row, text in enumerate(policy.tokenizer.batch_decode(rows, skip_special_tokens=True)):
-        line = {"prompt": asked.prompts[int(rollouts.group_ids[row])], "response": text, "tokens": len(rows[row])}
-        if rollouts.truncated is not None:
-            line["truncated"] = bool(rollouts.truncated[row])
-        if rollouts.sampler_logprobs is not None:
-            line["logprob"] = round(float(rollouts.sampler_logprobs[row][rollouts.mask[row]].sum()), 4)
-        lines.append(line)
-    return _Answer(lines, seconds, rollouts.sampling.seed if rollouts.sampling else None, [])
+    n, prompts = answers.asked.copies, len(answers.ids)
+    step = answers.together
+    done: list[Line] = []
+    begin = 0
+    if file is not None and file.lines:
+        # Only whole steps: what a step samples depends on all that is in it.
+        begin = prompts if len(file.lines) >= prompts * n else len(file.lines) // (step * n) * step
+        file.keep(begin * n)
+        done = list(file.lines)
+        notes.print(f"{len(done)} of {prompts * n} responses were there already", style="dim")
 
+    def show(piece: str) -> None:
+        assert screen is not None
+        screen.print(Text(visible(piece)), end="", soft_wrap=True)
 
-def _decoded(
-    asked: _Asked, methods: str, draft: str | None, constraint: Written | None, notes: Console, show: Show | None
-) -> _Answer:
-    """By the loops and processors of `decode`."""
-    import torch
-
-    from tokenloom.cli.stage import stage_progress
-    from tokenloom.decode.respond import respond, text_pieces
-
-    policy, ids, sampling = asked.load()
-    decoding = decoding_of(policy, methods, draft, sampling, constraint)
-    seed = int(torch.randint(2**31, ())) if sampling.seed is None else sampling.seed
-    piece, shown = text_pieces(policy.tokenizer), False
-
-    def stream(new: list[int]) -> None:
-        nonlocal shown
-        shown = True
-        if show is not None:
-            show(piece(new))
-
-    with stage_progress(notes, "generating", show=interactive(notes) and show is None) as report:
-        found = respond(
-            policy, ids, decoding, copies=asked.copies, seed=seed, progress=report,
-            on_tokens=None if show is None else stream,
-        )  # fmt: skip
-    lines = []
-    for a in found.answers:
-        text = policy.tokenizer.decode(a.ids, skip_special_tokens=True)
-        line = {"prompt": asked.prompts[a.prompt], "response": text, "tokens": len(a.ids), "truncated": a.truncated}
-        judged = {} if a.standing is None else {"constraint": a.standing}
-        lines.append({**line, "logprob": round(a.logprob * len(a.ids), 4), **judged})
-    if show is not None and not shown:  # loops that decide late do not stream
-        show(lines[0]["response"])
-    counts = found.counts
-    extra = []
-    if "kept" in counts:
-        extra.append(f"{counts['kept']:,.1f} words left to choose from")
-    if counts.get("drafted"):
-        extra.append(f"{found.tokens / max(counts.get('forwards', 1), 1):.2f} tokens a forward")
-    return _Answer(lines, found.seconds, seed, extra, constraint_note(found, sampling.max_tokens))
+    visible_progress = interactive(notes) and screen is None
+    with answers.ready(), stage_progress(notes, "generating", show=visible_progress) as report:
+        for first in range(begin, prompts, step):
+            behind, tokens = len(done), answers.tokens
+            new = answers.lines(
+                first,
+                lambda some, _all, more, b=behind, t=tokens: report(b + some, prompts * n, t + more),  # type: ignore[misc]
+                None if screen is None else show,
+            )
+            done += new
+            if keep is not None:
+                keep(new)
+    return done
 
 
-def _show(given: list[Prompt], lines: list[dict[str, Any]], n: int, out: Console) -> None:
+def _left(file: AnswersFile | None) -> str:
+    if file is None or not file.lines or not file.part.is_file():
+        return ""
+    return f"stopped; the same command goes on from the {len(file.lines)} responses in {file.part}"
+
+
+def _digest(given: list[Question]) -> str:
+    return hashlib.sha256(json.dumps([[q.id, q.prompt] for q in given]).encode()).hexdigest()
+
+
+def _written(constraint: str | None) -> str | None:
+    """A constraint with what its file holds now."""
+    value = (constraint or "").partition("=")[2]
+    if not value.startswith("@"):
+        return constraint
+    return f"{constraint} {hashlib.sha256(Path(value[1:]).read_bytes()).hexdigest()}"
+
+
+def _check(check: Callable[[Sampling], None], sampling: Sampling) -> None:
+    if sampling.seed is not None and not -(2**63) <= sampling.seed < 2**63:
+        raise UsageError(f"--seed {sampling.seed} is too large; a seed has at most 63 bits")
+    try:
+        check(sampling)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _show(lines: list[Line], n: int, several: bool, out: Console) -> None:
+    """Answers, `n` to a prompt; the prompts too if there are several."""
     from tokenloom.report.text import prompt_text
 
     for row, line in enumerate(lines):
-        if len(given) > 1 and row % n == 0:
+        if several and row % n == 0:
             out.print(Text(visible(prompt_text(line["prompt"])), style="bold"), soft_wrap=True)
         if n > 1:
             out.print(f"[{row % n + 1}] ", style="cyan", end="")
         out.print(Text(visible(line["response"])), soft_wrap=True)
-        if len(lines) > 1 and row % n == n - 1:
+        if (several or n > 1) and row % n == n - 1:
             out.print()

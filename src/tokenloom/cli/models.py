@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenloom.cli.console import program
 from tokenloom.cli.guard import UsageError
+
+if TYPE_CHECKING:
+    from tokenloom.policy import ModelConfig, Policy
 
 
 def run_of(name: str) -> Path | None:
@@ -29,3 +33,21 @@ def model_source(name: str) -> str:
             f"{program()} train --resume {run}"
         )
     return str(run / "model")
+
+
+def load_policy(name: str, config: ModelConfig | None = None, *, seed: int = 0) -> Policy:
+    """The model by that name, with its tokenizer.
+
+    Raises:
+        UsageError: when there is no such model, or it is none that can be used.
+    """
+    from tokenloom.policy import Policy
+
+    source = model_source(name)
+    try:
+        policy = Policy.load(source, config, seed=seed)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    if policy.tokenizer is None:
+        raise UsageError(f"{name} has no tokenizer that loads; put the tokenizer's files beside the model's")
+    return policy

@@ -19,7 +19,8 @@ def stage_progress(out: Console, name: str, *, show: bool) -> Iterator[Callable[
         return
     started = time.monotonic()
     text = Text(f"{name} …", style="dim")
-    with Live(text, console=out, refresh_per_second=4, transient=True):
+    # Standard output may be a pipe that is written to meanwhile.
+    with Live(text, console=out, refresh_per_second=4, transient=True, redirect_stdout=False):
 
         def report(done: int, total: int, tokens: int) -> None:
             seconds = max(time.monotonic() - started, 1e-9)

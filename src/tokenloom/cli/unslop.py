@@ -9,9 +9,9 @@ import typer
 
 from tokenloom.cli.console import console, pairs, program, quiet_libraries
 from tokenloom.cli.distill import built_in_prompts
-from tokenloom.cli.guard import UsageError, guarded
-from tokenloom.cli.models import model_source
-from tokenloom.cli.prompts import chat, read_prompts
+from tokenloom.cli.guard import Interrupted, UsageError, guarded
+from tokenloom.cli.models import load_policy, model_source
+from tokenloom.cli.prompts import encoded, read_file, read_prompts
 
 PAIRS = "pairs.jsonl"
 
@@ -32,7 +32,7 @@ def unslop(
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest response, in tokens.")] = 200,
     lora_rank: Annotated[int, typer.Option(min=0, help="Train adapters of this rank; 0: all weights.")] = 128,
     epochs: Annotated[int, typer.Option(min=1, help="Times that every pair is learned, at most.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 3e-5,
+    learning_rate: Annotated[float, typer.Option(min=0, help="Of AdamW.")] = 3e-5,
     batch: Annotated[int, typer.Option(min=1, help="Pairs a step.")] = 16,
     balance: Annotated[
         float, typer.Option(min=0, max=1, help="How far to thin out tokens rejected more often than most; 0: not.")
@@ -61,38 +61,44 @@ def unslop(
     given = built_in_prompts() if prompts is None else read_prompts(None, prompts)
     if pairs_file is not None and not pairs_file.is_file():
         raise UsageError(f"there is no file {pairs_file}")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file; name a new folder")
     if out.is_dir() and any(path.name != PAIRS for path in out.iterdir()):
         raise UsageError(f"{out} holds something already; name a new folder")
-    source = model_source(model)
+    model_source(model)
     screen, notes = console(), console(stderr=True)
     quiet_libraries(notes)
     from tokenloom.cli.fit_progress import fit_progress
     from tokenloom.decode.antislop import Antislop
     from tokenloom.decode.ftpo import balanced, collect, fit_ftpo, read_pairs, write_pairs
-    from tokenloom.policy import ModelConfig, Policy
+    from tokenloom.policy import ModelConfig
     from tokenloom.policy.config import LoraSection
 
     adapters = LoraSection(rank=lora_rank) if lora_rank else None
-    policy = Policy.load(source, ModelConfig(lora=adapters), seed=seed)
-    with fit_progress(notes) as report:
-        if pairs_file is not None:
-            found = read_pairs(pairs_file)
-        else:
-            ids = [policy.encode_prompt(p if raw else chat(p)).tolist() for p in given]
-            found = collect(
-                policy, ids, Antislop(policy.tokenizer, phrases), copies=samples, max_tokens=max_tokens, seed=seed,
-                progress=lambda done, of, _: report("sampling", done, of, 0, None),
+    policy = load_policy(model, ModelConfig(lora=adapters), seed=seed)
+    try:
+        with fit_progress(notes) as report:
+            if pairs_file is not None:
+                found = read_pairs(pairs_file)
+            else:
+                ids = encoded(policy, given, raw=raw)
+                found = collect(
+                    policy, ids, Antislop(policy.tokenizer, phrases), copies=samples, max_tokens=max_tokens, seed=seed,
+                    progress=lambda done, of, _: report("sampling", done, of, 0, None),
+                )  # fmt: skip
+            # Before training: sampling took longest, and --pairs goes on from here.
+            if found:
+                out.mkdir(parents=True, exist_ok=True)
+                write_pairs(found, out / PAIRS, policy.tokenizer)
+            used = balanced(found, strength=balance, seed=seed)
+            held = used[len(used) - len(used) // 10 :]
+            trained = fit_ftpo(
+                policy.model, used[: len(used) - len(held)], held, learning_rate=learning_rate, epochs=epochs,
+                batch=batch, wins=wins, seed=seed, progress=lambda d, n, loss: report("training", d, n, 0, loss),
             )  # fmt: skip
-        # Before training: sampling took longest, and --pairs goes on from here.
-        if found:
-            out.mkdir(parents=True, exist_ok=True)
-            write_pairs(found, out / PAIRS, policy.tokenizer)
-        used = balanced(found, strength=balance, seed=seed)
-        held = used[len(used) - len(used) // 10 :]
-        trained = fit_ftpo(
-            policy.model, used[: len(used) - len(held)], held, learning_rate=learning_rate, epochs=epochs,
-            batch=batch, wins=wins, seed=seed, progress=lambda d, n, loss: report("training", d, n, 0, loss),
-        )  # fmt: skip
+    except KeyboardInterrupt:
+        kept = out / PAIRS
+        raise Interrupted(f"stopped; train on what was sampled with --pairs {kept}" if kept.is_file() else "") from None
     policy.save(out)
     before, after = trained.before, trained.after
     screen.print(f"Model in {out}", style="bold")
@@ -113,10 +119,8 @@ def unslop(
 
 
 def _phrases(ban: list[str] | None, file: Path | None) -> list[str]:
-    if file is not None and not file.is_file():
-        raise UsageError(f"there is no file {file}")
-    lines = file.read_text(encoding="utf-8-sig").splitlines() if file is not None else []
-    found = [*(ban or []), *(line.strip() for line in lines if line.strip())]
+    lines = read_file(file).split("\n") if file is not None else []
+    found = [*(phrase for phrase in ban or [] if phrase.strip()), *(line.strip() for line in lines if line.strip())]
     if not found:
         raise UsageError("nothing is banned: give phrases with --ban or --ban-file, or pairs with --pairs")
     return found

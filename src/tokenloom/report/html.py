@@ -52,9 +52,18 @@ def embed(payload: Any) -> str:
 def write_page(payload: dict[str, Any], out: Path, blobs: Mapping[str, str] | None = None) -> Path:
     """Render into `out` (parent made if missing), replacing it in one move: no half page is ever seen."""
     out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(out.name + ".part")
-    part.write_text(render(payload, blobs), encoding="utf-8", newline="\n")
-    os.replace(part, out)
+    return replace_text(out, render(payload, blobs))
+
+
+def replace_text(out: Path, text: str) -> Path:
+    """Write `text` to `out` in one move; what is no file, such as /dev/null, is written into, and a link stays one."""
+    if out.exists() and not out.is_file():
+        out.write_text(text, encoding="utf-8", newline="\n")
+        return out
+    place = out.resolve()
+    part = place.with_name(place.name + ".part")
+    part.write_text(text, encoding="utf-8", newline="\n")
+    os.replace(part, place)
     return out
 
 

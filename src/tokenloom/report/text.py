@@ -28,6 +28,11 @@ def printable(text: str, limit: int = 200) -> str:
     return "".join(_visible(c) for c in shorten(text, limit))
 
 
+def visible(text: str) -> str:
+    """Text of several lines, of which every other control character becomes `\\uXXXX`."""
+    return "\n".join(printable(line, len(line)) for line in text.expandtabs(4).split("\n"))
+
+
 def _visible(char: str) -> str:
     if char == "\n":
         return "\\n"
