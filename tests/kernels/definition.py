@@ -41,7 +41,9 @@ def defined(
     law = torch.log_softmax(logits / temperature, -1)
     law = law if rows is None else law[rows]
     top = TopTokens(*law.topk(top_k, -1)) if top_k else None
-    return LinearLogprobs(law.gather(-1, targets[:, None])[:, 0], -(law.exp() * law).sum(-1), top)
+    # p log p of a token that a bias of -inf rules out is 0.
+    entropies = -(law.exp() * law.clamp(min=-1e30)).sum(-1)
+    return LinearLogprobs(law.gather(-1, targets[:, None])[:, 0], entropies, top)
 
 
 def inputs(

@@ -25,6 +25,7 @@ CASES: list[dict[str, Any]] = [
     {"m": 9, "d": 5, "v": 150, "rows": [3, 3, 0, 6, 3, 0, 5, 8, 8], "form": {"temperature": 1.7}, "entropy": False},
     {"m": 20, "d": 64, "v": 70, "bias": True, "hidden": "float16", "weight": "float16"},
     {"m": 6, "d": 32, "v": 40, "autocast": True},
+    {"m": 9, "d": 5, "v": 150, "bias": True, "ruled_out": [0, 70], "form": {"temperature": 0.6}},
 ]
 
 
@@ -44,6 +45,9 @@ def error(case: dict[str, Any]) -> float:
 
     hidden, weight = leaf(m, d, dtype=case.get("hidden", "float32")), leaf(v, d, dtype=case.get("weight", "float32"))
     bias = leaf(v) if case.get("bias") else None
+    if bias is not None:
+        with torch.no_grad():
+            bias[case.get("ruled_out", [])] = -torch.inf
     rows = torch.tensor(case["rows"]) if "rows" in case else None
     # The last word of the vocabulary too, and a pair of row and token twice.
     targets = torch.randint(v, (m if rows is None else len(rows),), generator=generator)

@@ -217,6 +217,39 @@ def test_extreme_logits_stay_finite() -> None:
     assert hidden.grad[:, 0].tolist() == [0.0, 2.0]
 
 
+@pytest.mark.parametrize("form", [f for f in FORMS if "softcap" not in f], ids=str)
+@pytest.mark.usefixtures("small_tiles")
+def test_a_bias_of_minus_infinity_rules_a_token_out(form: dict[str, Any]) -> None:
+    """All results and gradients are those over the rest of the vocabulary."""
+    hidden, weight, bias, _ = inputs()
+    out = torch.tensor([0, 1, 2, 3, 9, 22])  # the first tile is of such tokens only
+    kept = torch.tensor([v for v in range(23) if v not in out])
+    with torch.no_grad():
+        bias[out] = -torch.inf
+    targets = torch.arange(9)
+    ours = linear_logprobs(hidden, ROWS, kept[targets], weight, bias, need_entropy=True, top_k=3, **form)
+    theirs = defined(hidden, ROWS, targets, weight[kept], bias[kept], top_k=3, **form)
+    for a, b in ((ours.logprobs, theirs.logprobs), (ours.entropies, theirs.entropies)):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    mine = torch.autograd.grad(mixture(ours), [hidden, weight, bias])
+    wanted = torch.autograd.grad(mixture(theirs), [hidden, weight, bias])
+    for a, b in zip(mine, wanted, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [None, ROWS], ids=["identity", "shared"])
+def test_hidden_states_may_lie_in_any_order(dtype: torch.dtype, rows: Tensor | None) -> None:
+    hidden, weight, bias, targets = inputs(dtype=dtype)
+    other = hidden.detach().t().contiguous().t().requires_grad_()
+    assert not other.is_contiguous()
+    gradients = []
+    for given in (hidden, other):
+        found = linear_logprobs(given, rows, targets, weight, bias, need_entropy=True)
+        gradients.append(torch.autograd.grad(mixture(found), given)[0])
+    assert gradients[0].equal(gradients[1])
+
+
 def test_repeated_runs_are_equal_to_the_bit() -> None:
     results = []
     for _ in range(2):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from transformers import BartConfig, BartForConditionalGeneration
 
 from tiny_models import tiny_gemma2, tiny_llama
 from tokenloom.batch import Sampling
@@ -44,6 +45,19 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
 def test_a_folder_that_is_no_causal_language_model(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "nothing_known"}', encoding="utf-8")
     with pytest.raises(ValueError, match="causal language model"):
+        Policy.load(tmp_path)
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path) -> None:
+    """BART: transformers has a class for its decoder alone, and its trunk takes tokens like any other."""
+    sizes = {"d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 64}
+    model = BartForConditionalGeneration(
+        BartConfig(vocab_size=64, encoder_layers=1, decoder_layers=1, forced_eos_token_id=2, **sizes)
+    )
+    with pytest.raises(ValueError, match="encoder would see the response"):
+        Policy(model)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="it is an encoder-decoder"):
         Policy.load(tmp_path)
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers import Mamba2Config, MambaConfig, RecurrentGemmaConfig, RwkvConfig
 
 from rollout.stand_in import StandIn, count_calls, full_logprobs, small_tokenizer
-from tiny_models import TINY, tiny_gpt2, tiny_llama, tiny_mistral
+from tiny_models import TINY, build, tiny_gpt2, tiny_llama, tiny_mistral
 from tokenloom.batch import Rollouts, Sampling
 from tokenloom.rollout import generate
 
@@ -312,3 +313,24 @@ def test_learned_positions_up_to_the_last() -> None:
     model = tiny_gpt2(n_positions=12)
     out = generate(StandIn(model, ends=()), prompts_of(7), Sampling(max_tokens=5, seed=0), copies=2)
     assert out.lengths.tolist() == [5, 5]
+
+
+@pytest.mark.parametrize("name", ["rwkv", "recurrent-gemma"])
+def test_a_model_whose_state_is_not_in_the_cache_is_refused(name: str) -> None:
+    """RWKV ignores a cache, so every step would see its last token only; RecurrentGemma's modules hold a state."""
+    rwkv = RwkvConfig(vocab_size=64, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2)
+    sizes = {"hidden_size": 16, "lru_width": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    gemma = RecurrentGemmaConfig(vocab_size=64, num_hidden_layers=3, **sizes)
+    with pytest.raises(ValueError, match="does not keep all of its state in the cache"):
+        generate(StandIn(build(rwkv if name == "rwkv" else gemma)), prompts_of(4), Sampling(max_tokens=3), copies=2)
+
+
+@pytest.mark.parametrize("name", ["mamba", "mamba-2"])
+def test_state_space_models_with_prompts_of_different_lengths(name: str) -> None:
+    mamba = MambaConfig(vocab_size=64, hidden_size=16, state_size=4, num_hidden_layers=2)
+    sizes = {"hidden_size": 16, "state_size": 8, "num_heads": 4, "head_dim": 8, "n_groups": 2}
+    model = build(mamba if name == "mamba" else Mamba2Config(vocab_size=64, num_hidden_layers=2, **sizes))
+    out = generate(StandIn(model, ends=()), prompts_of(3, 7), Sampling(max_tokens=5, seed=0), copies=2)
+    for i in range(4):
+        expected = full_logprobs(model, out.prompt_tokens[i], out.response(i))
+        assert torch.allclose(out.sampler_logprobs[i], expected, atol=1e-5)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from transformers import BloomConfig, GPTNeoConfig, MptConfig
 
 from rollout.stand_in import StandIn, count_calls, full_logprobs
-from tiny_models import TINY, tiny_llama
+from tiny_models import TINY, build, tiny_llama
 from tokenloom.batch import Sampling
+from tokenloom.policy import Policy
 from tokenloom.rollout import generate, masked_forward
 
 
@@ -75,3 +77,30 @@ def test_bf16_with_few_and_many_rows(rows: int) -> None:
             expected = full_logprobs(policy.model, out.prompt_tokens[i], out.response(i)).float()
         # bfloat16 has 8 bits and logits up to 4 here.
         assert torch.allclose(out.sampler_logprobs[i], expected, atol=0.1)
+
+
+def test_a_model_whose_window_counts_columns_keeps_to_those_in_use() -> None:
+    """GPT-Neo's local layers: columns that a cache has in reserve would move its window."""
+    layers = [[["global", "local"], 1]]
+    config = GPTNeoConfig(
+        vocab_size=64, hidden_size=16, num_layers=2, num_heads=2, window_size=4, attention_types=layers
+    )
+    model, given = build(config), prompts(0, 6, 9)
+    out = generate(StandIn(model, ends=()), given, Sampling(max_tokens=6, seed=0), copies=2)
+    for i in range(4):
+        expected = full_logprobs(model, given[i // 2], out.response(i))
+        assert torch.allclose(out.sampler_logprobs[i], expected, atol=1e-5)
+    with pytest.raises(ValueError, match="set speculate to 0"):
+        generate(StandIn(model), given, Sampling(max_tokens=6, seed=0), copies=2, speculate=2)
+
+
+@pytest.mark.parametrize("name", ["bloom", "mpt"])
+def test_models_that_count_columns_are_left_to_the_other_forward(name: str) -> None:
+    """ALiBi measures distances between columns (or takes no such mask), and shared beginnings leave gaps there."""
+    bloom = BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=2)
+    mpt = MptConfig(vocab_size=64, d_model=16, n_layers=2, n_heads=2, max_seq_len=128)
+    policy, given = Policy(build(bloom if name == "bloom" else mpt)), prompts(40, 4, 1, 9)
+    out = generate(policy, given, Sampling(max_tokens=6, seed=0), copies=2)
+    for i in range(6):
+        expected = full_logprobs(policy.model, given[i // 2], out.response(i))
+        assert torch.allclose(out.sampler_logprobs[i, : len(expected)], expected, atol=1e-5)

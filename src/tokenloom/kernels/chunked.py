@@ -21,6 +21,9 @@ from tokenloom.kernels.logit_form import LogitForm
 from tokenloom.kernels.products import Scratch, add_product, exp_, matmul
 from tokenloom.kernels.tiles import Grid, Places
 
+NEVER = -1e30
+"""A log-prob whose exponential is 0 and that can be multiplied by it."""
+
 
 class Sums(NamedTuple):
     """What a forward over a vocabulary knows: `m`, `total`, `spread` [M], `chosen` [N] logits of the targets.
@@ -69,6 +72,11 @@ class Chunked:
         return Grid.fitting(len(self.hidden), len(self.weight), self.hidden.device, chunk)
 
     @cached_property
+    def rules_out(self) -> bool:
+        """Whether the bias makes tokens impossible: their p log p is 0, not the product of 0 and -inf."""
+        return self.bias is not None and bool(self.bias.isneginf().any())
+
+    @cached_property
     def factors(self) -> Tensor:
         """Hidden states in the format of the products."""
         return self.hidden.to(self.form.product)
@@ -95,6 +103,8 @@ class Chunked:
             if need_entropy:
                 spread_i.add_(drop.mul_(total_i)).mul_(keep)
                 e = exp_(self._like("e", x).copy_(x))
+                if self.rules_out:
+                    x.clamp_(min=NEVER)
                 total_i.mul_(keep).add_(e.sum(-1))
                 spread_i.add_(e.mul_(x).sum(-1))
             else:
@@ -114,7 +124,7 @@ class Chunked:
         math, product = self.form.math, self.form.product
         # Every word of weight and bias is written; without rows there is nothing to write.
         new = torch.empty_like if len(self.hidden) else torch.zeros_like
-        hidden = torch.zeros_like(self.hidden, dtype=math) if needed[0] else None
+        hidden = torch.zeros(self.hidden.shape, dtype=math, device=self.hidden.device) if needed[0] else None
         weight = new(self.weight) if needed[1] else None
         bias = new(self.bias) if self.bias is not None and needed[2] else None
         # A sum over rows that would be rounded at every tile is taken over all rows at once, by the product itself.
@@ -172,6 +182,8 @@ class Chunked:
             exp_(x).mul_(of.a[here, None])
         else:
             p = exp_(self._like("e", x).copy_(x))
+            if self.rules_out:
+                x.clamp_(min=NEVER)
             x.mul_(of.b[here, None]).add_(of.a[here, None]).mul_(p)
         if slope is not None:
             x.mul_(slope)

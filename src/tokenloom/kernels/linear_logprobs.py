@@ -180,7 +180,7 @@ class _LinearLogprobs(torch.autograd.Function):
             grads = engine(call, live, weight, bias).gradients(of, rows, tokens, values, needed)
             of_hidden = grads[0]
             if of_hidden is not None and not whole:
-                of_hidden = torch.zeros_like(hidden, dtype=of_hidden.dtype).index_copy_(0, at, of_hidden)
+                of_hidden = of_hidden.new_zeros(hidden.shape).index_copy_(0, at, of_hidden)
             if of_hidden is not None and call.group is not None:
                 dist.all_reduce(of_hidden, group=call.group)
         if of_hidden is not None:

@@ -42,7 +42,7 @@ class Pairs(NamedTuple):
         # g + a p without cancellation for p near 1, where g is close to -a.
         found = (self.grads + a) + a * torch.expm1(self.logprobs)
         if of.b is not None:
-            found = found + of.b[self.rows] * self.logprobs.exp() * self.logprobs
+            found = found - of.b[self.rows] * torch.special.entr(self.logprobs.exp())
         if form.softcap is not None:
             found = found * form.slope(self.logprobs + of.log_norm[self.rows])
         return found * form.factor

@@ -41,6 +41,8 @@ def logit_tile(
         x = tl.dot(h.to(DOT), tl.trans(w.to(DOT)), x, input_precision=PRECISION)
     if BIAS:
         x += tl.load(bias + words).to(tl.float32)[None, :]
+        # A bias of -inf rules a word out: its p log p is 0, not the product of 0 and -inf. A NaN stays one.
+        x = tl.where(x < -1.0e30, -1.0e30, x)
     return transformed(x, inner, outer, CAP)
 
 

@@ -7,6 +7,7 @@ no mask, and default positions are right for every row. Rows of similar length s
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,14 +47,34 @@ def needed_lengths(count: int, rows: Tensor, positions: Tensor) -> Tensor:
     return needed.scatter_reduce_(0, rows, positions + 1, "amax")
 
 
+def rotation_reach(config: Any) -> int | None:
+    """Length beyond which a call turns all of its rows by other rotary angles; None where angles never change.
+
+    LongRoPE (arXiv:2402.13753), as Phi-3 and Phi-4 have it, knows two sets of them, and the longest row decides.
+    """
+    rope = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    kinds = [rope, *(r for r in rope.values() if isinstance(r, dict))]
+    found = [r["original_max_position_embeddings"] for r in kinds if r.get("rope_type") == "longrope"]
+    return min(found, default=None)
+
+
+def rotated_alike(needed: Tensor, reach: int | None) -> list[Tensor]:
+    """`needed` [B] for each set of rows that may share a call, 0 for the other rows; see `rotation_reach`."""
+    if reach is None:
+        return [needed]
+    return [torch.where(side, needed, 0) for side in (needed <= reach, needed > reach)]
+
+
 class PaddedForward:
     """Rows sorted by length, at most `token_budget` padded tokens a call (a longer row goes alone).
 
-    `exact` puts only rows of equal length together: for a model that padding disturbs.
+    `exact` puts only rows of equal length together: for a model that padding disturbs. `reach`: see `rotation_reach`.
     """
 
-    def __init__(self, device: torch.device, *, token_budget: int, exact: bool = False) -> None:
-        self.device, self.token_budget, self.exact = device, token_budget, exact
+    def __init__(
+        self, device: torch.device, *, token_budget: int, exact: bool = False, reach: int | None = None
+    ) -> None:
+        self.device, self.token_budget, self.exact, self.reach = device, token_budget, exact, reach
 
     def gather(self, trunk: Trunk, rollouts: Rollouts) -> Iterator[Gathered]:
         """One `Gathered` per call. Rows without a sampled token never reach the model."""
@@ -86,7 +107,8 @@ class PaddedForward:
         for row in order[needed[order] > 0].tolist():
             length = int(needed[row])
             full = not batches or (len(batches[-1]) + 1) * width > self.token_budget
-            if full or (self.exact and length != width):
+            turned = self.reach is not None and length <= self.reach < width
+            if full or turned or (self.exact and length != width):
                 batches.append([])
                 width = length
             batches[-1].append(row)

@@ -127,7 +127,8 @@ class LogprobHead(nn.Module):
             law = torch.log_softmax(self.logits(hidden, temperature), -1)
             results = [law.gather(-1, beside)]
             if need_entropy:
-                results.append(-(law.exp() * law).sum(-1))
+                # A token that the model rules out has p log p = 0, not the product of 0 and -inf.
+                results.append(-(law.exp() * law.clamp(min=torch.finfo(law.dtype).min)).sum(-1))
             return [*results, *law.topk(top_k, -1)] if top_k else results
 
         results = map_chunks(of_rows, (hidden if used is None else hidden[used], beside), self.chunk_rows)

@@ -15,6 +15,8 @@ from tokenloom.policy.config import ModelConfig
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_OWN_CODE = {"trust_remote_code": False}
+"""Said each time: left out, transformers asks at the terminal, and a "y" runs what a model brings along."""
 
 
 def resolve(name: str | Path) -> str:
@@ -64,11 +66,14 @@ def load_model(source: str, config: ModelConfig, device: torch.device) -> Any:
     Raises:
         ValueError: when it cannot be found or is no causal LM that `transformers` knows.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     attention = attention_code(config, device)
-    options: dict[str, Any] = {"dtype": DTYPES[config.dtype], "attn_implementation": attention}
+    options: dict[str, Any] = {"dtype": DTYPES[config.dtype], "attn_implementation": attention, **_OWN_CODE}
     try:
+        if AutoConfig.from_pretrained(source, **_OWN_CODE).is_encoder_decoder:
+            # transformers would load its decoder alone, which has never worked alone.
+            raise ValueError("it is an encoder-decoder; choose a decoder-only model")
         model: Any = AutoModelForCausalLM.from_pretrained(source, **options)
     except OSError as error:
         raise ValueError(f"cannot load the model {source!r}: {_first_line(error)}") from error
@@ -85,7 +90,7 @@ def load_tokenizer(source: str) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, **_OWN_CODE)
     except (OSError, ValueError) as error:
         log.warning(
             "%s has no tokenizer that loads (%s); prompts must be given as token ids",

@@ -18,8 +18,13 @@ def trunk_of(causal: nn.Module) -> nn.Module:
     """The part of a Hugging Face causal LM that ends with the last hidden state (after the final norm).
 
     Raises:
-        ValueError: when the model does not tell which part that is.
+        ValueError: when the model does not tell which part that is, or also has an encoder.
     """
+    if getattr(getattr(causal, "config", None), "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(causal).__name__} is an encoder-decoder, whose encoder would see the response beforehand: "
+            "Tokenloom needs a decoder-only causal LM"
+        )
     trunk = getattr(causal, "base_model", None)
     if not isinstance(trunk, nn.Module) or trunk is causal:
         raise ValueError(

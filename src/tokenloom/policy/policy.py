@@ -20,7 +20,7 @@ from tokenloom.policy.chat import encode_prompt, end_ids, padding_id
 from tokenloom.policy.chunks import run_chunk_signals
 from tokenloom.policy.config import ModelConfig
 from tokenloom.policy.dropout import zero_dropouts
-from tokenloom.policy.forward import PaddedForward
+from tokenloom.policy.forward import PaddedForward, rotation_reach
 from tokenloom.policy.group_signals import hidden_by_token, run_group_signals
 from tokenloom.policy.head import LogprobHead
 from tokenloom.policy.interface import Forward, Gathered
@@ -82,21 +82,24 @@ class Policy:
             # What is computed again, in the backward, must be the same code as the first time.
             enable({"use_reentrant": False, "context_fn": lambda: (nullcontext(), lean_training(forms))})
         budget = self.config.token_budget or (2048 if self.device.type == "cpu" else 16384)
-        padded = partial(PaddedForward, self.device, token_budget=budget)
+        reach = rotation_reach(self.causal.config)
+        padded = partial(PaddedForward, self.device, token_budget=budget, reach=reach)
         self.forward: Forward = padded()
         kinds = MaskKinds.from_config(self.causal.config)
         sharing = self.config.share_prefixes
+        self.masks_tell = True  # all that attention sees, as far as is known; sampling asks, too
         if self.config.self_test:
             result = self_test(self.causal, self.head, kinds)
             result.warn(type(self.causal).__name__)
             kinds = result.kinds
             self.forward = padded(exact=not result.forward_agrees)
             self.head.fused &= result.head_agrees
+            self.masks_tell = result.tree_agrees
             sharing &= result.tree_agrees and result.forward_agrees
         if sharing:
             weights = next(self.causal.parameters()).dtype
             dtype = torch.bfloat16 if self.config.autocast == "bf16" else weights
-            self.forward = TreeForward(self.device, kinds, token_budget=budget, dtype=dtype)
+            self.forward = TreeForward(self.device, kinds, token_budget=budget, dtype=dtype, reach=reach)
         self.reference = Reference(self.model, self.head, self._read_again if source is not None else None)
 
     @classmethod

@@ -8,6 +8,7 @@ layer type: ancestors, and in sliding-window layers ancestors nearer than the wi
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenloom.batch import Rollouts
-from tokenloom.policy.forward import needed_lengths, predicting_positions
+from tokenloom.policy.forward import needed_lengths, predicting_positions, rotated_alike
 from tokenloom.policy.interface import Gathered, Trunk
 from tokenloom.policy.tree import BLOCKED, PrefixTree, ancestor_mask, build_tree, pad_tree, shared_lengths, sorted_rows
 from tokenloom.policy.tree_attention_mask import TreeMask
@@ -31,6 +32,9 @@ TREE_NODES = 4096
 
 PART_NODES = 100
 """What a call costs besides its nodes (formats of weights and gradients, among other things), in nodes."""
+
+BEYOND = 1.5
+"""Of a long row's nodes: what a part may have with all that rows add which share its beginning."""
 
 STYLES = ("flex", "blocks", "dense")
 """How attention learns of the trees, best first: see `MaskKinds`."""
@@ -52,10 +56,17 @@ class MaskKinds:
     def from_config(cls, config: Any) -> MaskKinds:
         """Read layer types and window as transformers' modeling code does."""
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
-        window = getattr(text, "sliding_window", None)
-        types = getattr(text, "layer_types", None)
+        types = set(getattr(text, "layer_types", None) or ())
+        window = getattr(text, "sliding_window", None) if types or _knows(text, "sliding_window") else None
+        # GPT-Neo's local layers measure their window between places in the input, whatever mask and positions say.
+        types |= set(getattr(text, "attention_layers", None) or ()) - {"global"}
         style = "flex" if getattr(text, "_attn_implementation", None) == "sdpa" else "dense"
-        return cls(tuple(sorted(set(types))) if types else (), window, style)
+        return cls(tuple(sorted(types)), window, style)
+
+    @property
+    def unknown(self) -> list[str]:
+        """Layer types of which it is not known what they see."""
+        return [name for name in self.names if name not in ("full_attention", "sliding_attention")]
 
     def fallbacks(self, device: torch.device) -> list[MaskKinds]:
         """These kinds in the style for `device`, and after them what to try where they fail."""
@@ -74,9 +85,9 @@ class MaskKinds:
         """
         if not self.names:
             return self._mask(trees, width, self.window, dtype, device)
+        if self.unknown:
+            raise NotImplementedError(f"what layers of type {self.unknown} see of a tree is not known")
         windows = {"full_attention": None, "sliding_attention": self.window}
-        if unknown := set(self.names) - windows.keys():
-            raise NotImplementedError(f"what layers of type {sorted(unknown)} see of a tree is not known")
         return {name: self._mask(trees, width, windows[name], dtype, device) for name in self.names}
 
     def _mask(
@@ -91,25 +102,30 @@ class MaskKinds:
 
 
 class TreeForward:
-    """Calls of at most `token_budget` nodes, padding included; a single row that is longer goes alone."""
+    """Calls of at most `token_budget` nodes, padding included; a single row that is longer goes alone.
+
+    `reach`: see `rotation_reach`.
+    """
 
     def __init__(
-        self, device: torch.device, kinds: MaskKinds, *, token_budget: int, dtype: torch.dtype = torch.float32
+        self,
+        device: torch.device,
+        kinds: MaskKinds,
+        *,
+        token_budget: int,
+        dtype: torch.dtype = torch.float32,
+        reach: int | None = None,
     ) -> None:
         self.device, self.kinds, self.dtype = device, kinds, dtype
-        self.token_budget = token_budget
+        self.token_budget, self.reach = token_budget, reach
         self.computed = 0
 
     def gather(self, trunk: Trunk, rollouts: Rollouts) -> Iterator[Gathered]:
         """One `Gathered` per call. Rows without a sampled token, and what follows a row's last one, are left out."""
         prompts = torch.tensor([len(p) for p in rollouts.prompt_tokens], dtype=torch.int64)
         rows, columns, positions = predicting_positions(prompts, rollouts.mask.cpu())
-        numbers, tokens, shared = _sorted(rollouts, needed_lengths(len(rollouts), rows, positions))
         predicting = _by_row(len(rollouts), rows)
-        dense = self.kinds.style == "dense"
-        runs = _runs(tokens, shared, self._joins) if dense else _parts(tokens, shared, self.token_budget)
-        trees = [build_tree(numbers[a:b], tokens[a:b], [0, *shared[a + 1 : b]]) for a, b in runs]
-        for call in self._calls(trees) if dense else [[tree] for tree in trees]:
+        for call in self._planned(rollouts, needed_lengths(len(rollouts), rows, positions)):
             self.computed += sum(len(t) for t in call)
             padded = [self.kinds.padded(t, self.device) for t in call]
             width = max(len(t) for t in padded)
@@ -139,6 +155,15 @@ class TreeForward:
         numbers, tokens, shared = _sorted(rollouts, needed_lengths(len(rollouts), rows, positions))
         return [torch.tensor(numbers[a:b], dtype=torch.int64) for a, b in _even_parts(tokens, shared, token_budget)]
 
+    def _planned(self, rollouts: Rollouts, needed: Tensor) -> Iterator[list[PrefixTree]]:
+        """What each call holds: one tree, or several under a dense mask."""
+        dense = self.kinds.style == "dense"
+        for some in rotated_alike(needed, self.reach):
+            numbers, tokens, shared = _sorted(rollouts, some)
+            runs = _runs(tokens, shared, self._joins) if dense else _parts(tokens, shared, self.token_budget)
+            trees = [build_tree(numbers[a:b], tokens[a:b], [0, *shared[a + 1 : b]]) for a, b in runs]
+            yield from self._calls(trees) if dense else ([tree] for tree in trees)
+
     def _joins(self, size: int, fresh: int, common: int) -> bool:
         """Is a row with `common` shared and `fresh` own tokens cheaper inside a tree of `size` nodes than alone?
 
@@ -160,6 +185,12 @@ class TreeForward:
                 width = len(tree)
             calls[-1].append(tree)
         return calls
+
+
+def _knows(config: Any, name: str) -> bool:
+    """Whether the config's class has a setting; what else stands in a config.json, no modeling code reads."""
+    kind = type(config)
+    return hasattr(kind, name) or name in kind.attribute_map or name in inspect.signature(kind).parameters
 
 
 def _sorted(rollouts: Rollouts, needed: Tensor) -> tuple[list[int], list[Tensor], list[int]]:
@@ -198,7 +229,10 @@ def _even_parts(tokens: list[Tensor], shared: list[int], budget: int) -> list[tu
 
 
 def _parts(tokens: list[Tensor], shared: list[int], budget: int) -> list[tuple[int, int]]:
-    """Sorted rows in consecutive parts of at most `budget` nodes; a longer row makes a part of its own.
+    """Sorted rows in consecutive parts of at most `budget` nodes.
+
+    A row near the budget or beyond it takes rows along that share more with it than they add, up to `BEYOND` times
+    its nodes: each on its own would compute all that again.
 
     A part computes the whole prefix of its first row, which the part before may have computed, too. So a part ends
     where the next row shares little, even if that leaves it less than full: each part costs PART_NODES once.
@@ -207,12 +241,14 @@ def _parts(tokens: list[Tensor], shared: list[int], budget: int) -> list[tuple[i
     start = 0
     while start < len(tokens):
         size, end, least = len(tokens[start]), start + 1, math.inf
+        beyond = max(budget, BEYOND * size)
         for row in range(start + 1, len(tokens)):
             loss = shared[row] - PART_NODES * size / budget
             if loss <= least:
                 end, least = row, loss
-            size += len(tokens[row]) - shared[row]
-            if size > budget:
+            fresh = len(tokens[row]) - shared[row]
+            size += fresh
+            if size > (beyond if shared[row] > fresh else budget):
                 break
         else:
             end = len(tokens)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from tokenloom.policy.tree_forward import MaskKinds
+
 
 def columns_for(length: int, block: int) -> int:
     """The columns S of buffers, grown by `block`, that hold `length`."""
@@ -39,8 +41,10 @@ class Place:
     length: int = 0
     counts: Tensor | None = None
     """How many of its new tokens count, [B]; behind them stands anything."""
+    alike: bool = False
+    """Whether all layers are given the same mask."""
     made: Any = None
-    """What the first layer of a forward made of it, its mask and its angles for the others."""
+    """What the first compiled layer of a forward made of it, its mask and its angles for the others."""
 
 
 def new_masked_cache(
@@ -51,8 +55,7 @@ def new_masked_cache(
     All layers, those with a window too, hold every token; see `MaskedLayer` for the rest.
     """
     cache = DynamicCache(config=config)
-    kinds = set(getattr(config.get_text_config(decoder=True), "layer_types", None) or ())
-    if not kinds <= {"full_attention", "sliding_attention"}:
+    if MaskKinds.from_config(config).unknown:
         return None
     if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
         return None

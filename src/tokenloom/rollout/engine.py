@@ -7,6 +7,7 @@ forward calls as its longest response has tokens (per wave, when `max_rows` asks
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -67,7 +68,8 @@ def generate(
 
     Raises:
         ValueError: on an empty prompt, an id outside the vocabulary, more tokens than the model has
-            positions, impossible parameters, or drafts for a model that cannot take tokens back.
+            positions, impossible parameters, drafts for a model that cannot take tokens back, or a model that
+            takes no cache.
         FloatingPointError: when the model's logits are not numbers.
     """
     check_sampling(sampling)
@@ -167,6 +169,11 @@ def _waves(requests: Sequence[Request], max_rows: int | None) -> Iterator[Sequen
 def _check_requests(
     policy: Any, requests: Sequence[Request], sampling: Sampling, max_rows: int | None, speculate: int
 ) -> None:
+    if not _takes_cache(base_model(policy.model)):
+        raise ValueError(
+            f"{type(base_model(policy.model)).__name__} does not keep all of its state in the cache that "
+            "transformers' models share, so it cannot be decoded here; choose another model"
+        )
     if speculate < 0:
         raise ValueError(f"speculate is {speculate}, must be >= 0, the longest draft in tokens (0: none)")
     if speculate and not can_be_masked(policy):
@@ -192,3 +199,11 @@ def _check_requests(
                 f"a prompt of {len(request.prompt)} tokens and max_tokens={request.max_tokens} need more "
                 f"than the {positions} positions this model has; lower max_tokens or drop prompts that long"
             )
+
+
+def _takes_cache(model: Any) -> bool:
+    """Whether the model's class, or one that it extends, knows the argument, and no module holds a state beside it."""
+    forwards = [kind.__dict__["forward"] for kind in type(model).__mro__ if "forward" in kind.__dict__]
+    known = any({"cache", "past_key_values"} & inspect.signature(f).parameters.keys() for f in forwards)
+    # RecurrentGemma's, which a cache that hands a prompt on to its copies does not reach.
+    return known and not any("recurrent_states" in vars(module) for module in model.modules())

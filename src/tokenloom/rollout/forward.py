@@ -104,7 +104,13 @@ class StatefulForward:
         assert isinstance(done, int)
         length = self._width + done + 1
         at = length - 1 - self._pads[:, None]
-        return self._call(tokens, self._real(length), at, self._cache, last=1)
+        # A mask of columns says nothing to layers that hold a state; theirs would be over the new token alone.
+        return self._call(tokens, self._real(length) if self._attends() else None, at, self._cache, last=1)
+
+    def _attends(self) -> bool:
+        from transformers.cache_utils import CacheLayerMixin
+
+        return any(isinstance(layer, CacheLayerMixin) for layer in self._cache.layers)
 
     def keep(self, rows: Tensor) -> None:
         """See `CachedForward`."""

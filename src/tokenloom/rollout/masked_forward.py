@@ -29,10 +29,12 @@ _FEW_ROWS = 8
 
 
 def can_be_masked(policy: Any) -> bool:
-    """Whether this forward is for the policy's model."""
+    """Whether this forward is for the policy's model: not where the self-test found that masks do not tell it all."""
     from tokenloom.rollout.cache import Place, new_masked_cache
 
     config = base_model(policy.model).config
+    if not getattr(policy, "masks_tell", True):
+        return False
     return new_masked_cache(config, Place(), rows=1, dtype=None, transposed=False, block=1) is not None
 
 
@@ -42,9 +44,10 @@ class MaskedForward:
     def __init__(self, policy: Any, *, lean: Lean) -> None:
         from tokenloom.rollout.cache import Place
 
-        self._call, self._device, self._lean, self._place = ModelCall(policy.model), policy.device, lean, Place()
+        self._call, self._device, self._lean = ModelCall(policy.model), policy.device, lean
         self._config, self._positions = base_model(policy.model).config, model_positions(policy)
         self._kinds = MaskKinds.from_config(self._config)
+        self._place = Place(alike=not self._kinds.names)
         self._block = block_of(self._device, lean)
         self._casts = torch.is_autocast_enabled(self._device.type)
         weights = next(base_model(policy.model).parameters()).dtype

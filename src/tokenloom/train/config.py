@@ -56,7 +56,10 @@ class TrainConfig(BaseModel):
         1.0, gt=0, allow_inf_nan=False, description="Clip the gradient to this norm; null: never."
     )
     micro_batch_tokens: int = Field(
-        1024, ge=1, description="Prompt and response tokens that go through the model at once, shared prefixes once."
+        1024,
+        ge=1,
+        description="Prompt and response tokens that go through the model at once, shared prefixes once. A row that "
+        "needs about as many or more takes rows of the same prompt along, up to half as many tokens again.",
     )
     max_sampling_rounds: int = Field(
         4, ge=1, description="Times a step may sample anew when the algorithm drops groups (dynamic sampling)."

@@ -26,6 +26,7 @@ import torch
 
 from tokenloom.policy import loading
 from tokenloom.policy.chat import encode_prompt
+from tokenloom.policy.tree_forward import BEYOND
 from tokenloom.tasks import Item, Task
 from tokenloom.train.recipe import Recipe
 
@@ -175,6 +176,8 @@ def micro_batch_sizes(recipe: Recipe, prompt: int, groups: int) -> list[int]:
     group = prompt + size * answer
     if group <= budget:
         return [n * group for n in _dealt(groups, budget // group)]
+    if prompt > answer:
+        budget = max(budget, int(BEYOND * (prompt + answer)))
     return [prompt + n * answer for n in _dealt(size, (budget - prompt) // max(answer, 1))] * groups
 
 
