@@ -64,7 +64,9 @@ def test_the_best_size_brings_the_most_tokens_a_second() -> None:
     assert best_size([[float(n) for n in range(81)]], seconds, 12) == 12
     # Only one of four rows has drafts, and all pay for the nodes.
     four = {4 * n: seconds for n, seconds in seconds.items()}
-    assert best_size([[0.0, 0.4, 0.8], [0.0], [0.0], [0.0]], four, 80) == 2
+    assert best_size([[0.0, 0.6, 1.2], [0.0], [0.0], [0.0]], four, 80) == 2
+    # Of so little more the half may be an error of the estimates.
+    assert best_size([[0.0, 0.4, 0.8], [0.0], [0.0], [0.0]], four, 80) == 0
     assert best_size([[0.0, 0.1, 0.15], [0.0], [0.0], [0.0]], four, 80) == 0
 
 

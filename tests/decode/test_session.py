@@ -98,6 +98,16 @@ def test_a_model_goes_on_as_it_was() -> None:
         session.start()
         assert not model.training
     assert model.training
+
+
+def test_parts_that_stood_in_evaluation_mode_stay_there() -> None:
+    model = tiny_llama().train()
+    frozen = model.model.layers[0].mlp.eval()
+    with open_session(model, [[3, 4]]) as session:
+        session.start()
+    assert model.training
+    assert model.model.layers[1].mlp.training
+    assert not frozen.training
     assert "forward" not in model.model.layers[0].mlp.__dict__
 
 

@@ -180,6 +180,41 @@ def test_layers_that_someone_listens_to_are_left_as_they_are() -> None:
     hook.remove()
 
 
+def test_layers_are_one_call_unless_something_tells_them_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    called, call = list[int](), block._call
+
+    def counting(name: str, dtype: torch.dtype | None, *values: Any) -> None:
+        if name == "blocks":
+            called.append(values[1])
+        call(name, dtype, *values)
+
+    monkeypatch.setattr(block, "_call", counting)
+    model = model_of("llama")
+    truth, heard = Truth(model), list[Tensor]()
+    with open_session(model, [[5, 7], [3, 2, 8]]) as session:
+        called.clear()  # layers were tried one by one
+        session.start()
+        assert called == [3]
+        hook = model.model.layers[1].register_forward_hook(lambda _, __, output: heard.append(output.clone()))
+        scores = session.step(torch.tensor([9, 4]))  # what comes between layers is that layer's own
+        hook.remove()
+        assert called == [3, 1, 1, 1]
+        for found, ids in zip(scores, session.rows, strict=True):
+            assert truth.near(found, ids)
+        session.step(torch.tensor([9, 4]))
+        assert called == [3, 1, 1, 1, 3]
+    with torch.no_grad():
+        between = model(torch.tensor([[5, 7, 9]]), output_hidden_states=True).hidden_states[2]
+    assert torch.allclose(heard[0][0, 0], between[0, -1], atol=1e-4)
+    kinds = ["full_attention", "sliding_attention", "full_attention"]
+    model = model_of("qwen2", layer_types=kinds, use_sliding_window=True, sliding_window=4)
+    truth = Truth(model)
+    with open_session(model, [list(range(10, 20))]) as session:
+        called.clear()
+        assert truth.near(session.start()[0], session.rows[0])
+    assert called == [1, 1, 1]
+
+
 def test_a_layer_of_another_function_or_size_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.models.llama import modeling_llama
 

@@ -17,12 +17,12 @@ from tokenloom.decode.session import Session
 
 MOST = 80
 """Nodes of a tree."""
-_PAUSES = (4, 64)
+_PAUSES = (8, 128)
 """Rounds without drafts before a few are tried again: at first, and at most."""
-_LEARNED = 4
-"""Of rounds in such a pause, each fourth is learned from by a drafter that can do without the others."""
+_LEARNED = 8
+"""Of rounds in such a pause, each eighth is learned from by a drafter that can do without the others."""
 _LONG = 16
-"""Rounds of such a pause from which on drafts are thought of in each fourth round only."""
+"""Rounds of such a pause from which on drafts are thought of in each eighth round only."""
 _TRIED = 2
 _PLAIN_EVERY = 32
 """Rounds with drafts after which one without shows again what that takes."""
@@ -47,12 +47,11 @@ class Sizes:
         """Whether this round is one of those that need not be learned from."""
         return self._waited % _LEARNED != 0
 
-    def rests(self, rows: int) -> bool:
-        """Whether drafts for so many rows are not even thought of: they have not paid for long."""
-        if self._pause <= _LONG or (self._waited + 1) % _LEARNED == 0:
+    def rests(self) -> bool:
+        """Whether drafts are not even thought of: they have not paid for long."""
+        if self._pause <= _LONG or not self._drafter.misses or (self._waited + 1) % _LEARNED == 0:
             return False
         self._waited += 1
-        self._keys, self._grown = [None] * rows, [None] * rows
         return True
 
     @property

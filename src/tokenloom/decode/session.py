@@ -87,7 +87,8 @@ class ModelSession:
         self._call = ModelCall(model, **model_options)
         self._config = base_model(model).config
         self.device = next(base_model(model).parameters()).device
-        self._place = Place()
+        self._kinds = MaskKinds.from_config(self._config)
+        self._place = Place(alike=not self._kinds.names)
         lean = lean or Lean()
         self.ragged, self._block = lean.compiled, block_of(self.device, lean)
         dtype = next(base_model(model).parameters()).dtype
@@ -108,7 +109,6 @@ class ModelSession:
                 "cannot be taken back from it. Use plain generate with logits processors"
             )
         self._cache: Any = cache
-        self._kinds = MaskKinds.from_config(self._config)
         text = self._config.get_text_config(decoder=True)
         self.positions: int | None = getattr(text, "max_position_embeddings", None)
         self.rows = [list(p) for p in prompts]
@@ -272,7 +272,7 @@ def open_session(model: Any, prompts: Sequence[Sequence[int]], **model_options: 
     if own is not None:
         yield own(prompts)
         return
-    training = model.training
+    training = [module for module in model.modules() if module.training]
     model.eval()
     try:
         # No gradient is taken in each forward, not here: sessions may close in any order.
@@ -282,18 +282,21 @@ def open_session(model: Any, prompts: Sequence[Sequence[int]], **model_options: 
             with lean_modules(base_model(model)) as lean:
                 yield ModelSession(model, prompts, lean=lean)
     finally:
-        model.train(training)
+        for module in training:  # parts may be frozen in evaluation mode inside a model that trains
+            module.training = True
 
 
 def _ancestry(parents: Tensor | None, n: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Depth [B or 1, n] of each node and, for node i, which nodes j it descends from or is, [B or 1, n, n]."""
     if parents is None:
         return torch.arange(n, device=device)[None], torch.ones(1, n, n, dtype=torch.bool, device=device).tril()
-    # Where the parents lie, commonly the CPU: a step up for all nodes at once, as often as the tree is deep.
-    seen = torch.eye(n, dtype=torch.bool, device=parents.device).repeat(len(parents), 1, 1)
-    above = parents
-    while bool((inside := above != ROOT).any()):
-        at = above.clamp(min=0)
-        seen.scatter_(2, at[:, :, None], inside[:, :, None] | seen.gather(2, at[:, :, None]))
-        above = torch.where(inside, parents.gather(1, at), ROOT)
+    # A node's ancestors as the bits of a number: cheaper than tensors of a few numbers each.
+    width, bits = -(-n // 8), bytearray()
+    for row in parents.tolist():
+        lines: list[int] = []
+        for node, parent in enumerate(row):
+            lines.append((0 if parent == ROOT else lines[parent]) | 1 << node)
+        bits += b"".join(line.to_bytes(width, "little") for line in lines)
+    packed = torch.frombuffer(bits, dtype=torch.uint8).view(len(parents), n, width, 1)
+    seen = (packed >> torch.arange(8)).bitwise_and(1).flatten(2)[..., :n].bool()
     return (seen.sum(-1) - 1).to(device), seen.to(device)

@@ -139,6 +139,9 @@ class _Batch:
         scores = self._counted(self.session.start())[:, None]
         self._finish(self._chosen(scores), scores)
         while self.live:
+            if self.sizes.rests():
+                self._step()
+                continue
             started = time.perf_counter()
             asks = self._asks()
             if asks is None:
@@ -155,10 +158,18 @@ class _Batch:
             self._finish(rounds, scores, nodes, started)
         return self.generated
 
+    def _step(self) -> None:
+        """A round without drafts, from which nobody learns."""
+        run = self.run
+        scores = self._counted(self.session.step(torch.tensor([self.texts[row][-1] for row in self.live])))
+        chosen = run.choose(self.live, [self.generated[row] for row in self.live], scores)
+        for row, token in zip(self.live, chosen, strict=True):
+            self.texts[row].append(token)
+        run.counts["tokens"] += len(chosen)
+        self._go_on(run.append(self.live, self.generated, chosen))
+
     def _asks(self) -> list[Ask] | None:
         """What the drafter is asked for; None when no row is to have drafts."""
-        if self.sizes.rests(len(self.live)):
-            return None
         keys = [self.drafter.key(row, self.texts[row]) for row in self.live]
         # One token more comes with every path.
         rooms = [self.run.limit - len(self.generated[row]) - 1 for row in self.live]
@@ -251,7 +262,11 @@ class _Batch:
         run.counts["rounds"] += any(len(done.tree) for done in rounds)
         if started is not None:
             self.sizes.note(rounds, nodes, time.perf_counter() - started)
-        if len(running) < len(rounds):
+        self._go_on(running)
+
+    def _go_on(self, running: Sequence[int]) -> None:
+        """With the live rows at these places."""
+        if len(running) < len(self.live):
             self.live = [self.live[place] for place in running]
             if running:
                 self.session.branch(running)

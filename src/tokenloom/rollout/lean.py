@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from tokenloom.policy.own_logits import run_trunk, trunk_of
 from tokenloom.rollout.attention import attend
 from tokenloom.rollout.native import block as compiled
-from tokenloom.rollout.native.fitting import reproduces
+from tokenloom.rollout.native.fitting import follow_each_other, reproduces
 from tokenloom.rollout.products import kernel_dtype, product, products
 
 Form = Callable[..., Any]
@@ -34,7 +34,8 @@ Make = Callable[[Any], Form]
 _FEW = 4096
 _PROBE = 6
 _fitting: WeakKeyDictionary[nn.Module, list[tuple[nn.Module, Make]]] = WeakKeyDictionary()
-_compilable: WeakKeyDictionary[nn.Module, dict[torch.dtype, list[nn.Module]]] = WeakKeyDictionary()
+_compilable: WeakKeyDictionary[nn.Module, dict[torch.dtype, tuple[list[nn.Module], bool]]] = WeakKeyDictionary()
+"""Layers that can be compiled code, and whether they directly follow each other."""
 
 
 @dataclass(frozen=True)
@@ -281,12 +282,19 @@ def _compiled(causal: Any, makes: dict[nn.Module, Make]) -> Iterator[tuple[nn.Mo
     if dtype not in known:
         layers = [m for m, make in makes.items() if make is _block and _is_plain(m, makes) and compiled.describes(m)]
         calls = _calls(causal, lambda module: module in layers)
-        known[dtype] = [m for m in layers if m in calls and reproduces(m, norms, dtype, calls[m])]
-    for module in known[dtype]:
-        if _is_plain(module, makes) and compiled.describes(module) and not any(compiled.hooks_inside(module)):
-            yield module, compiled.CompiledLayer(module, norms, dtype, type(module).forward.__get__(module))
+        layers = [m for m in layers if m in calls and reproduces(m, norms, dtype, calls[m])]
+        known[dtype] = layers, follow_each_other(layers, calls)
+    layers, in_turn = known[dtype]
+    made = [
+        (module, compiled.CompiledLayer(module, norms, dtype, type(module).forward.__get__(module)))
+        for module in layers
+        if _is_plain(module, makes) and compiled.describes(module) and not any(compiled.hooks_inside(module))
+    ]
+    if made and in_turn and len(made) == len(layers):
+        made[0][1].followed_by([form for _, form in made[1:]])
+    yield from made
     head = causal.get_output_embeddings()
-    if known[dtype] and compiled.is_linear(head) and compiled.most_rows(dtype) is None:
+    if layers and compiled.is_linear(head) and compiled.most_rows(dtype) is None:
         yield head, compiled.linear(head, dtype)
 
 

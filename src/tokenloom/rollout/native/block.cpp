@@ -1,13 +1,13 @@
-// Few tokens through one decoder layer, and matrix products of few rows, on AVX-512: in float32, or in bfloat16 with
+// Few tokens through decoder layers, and matrix products of few rows, on AVX-512: in float32, or in bfloat16 with
 // float32 sums where the processor has such products.
 //
-// A decode step is too small for calls of single operations: here a layer is one call. Its weights stream through the
-// cores once, for all rows together. Everything works on raw pointers; `block.py` checks sizes and formats.
+// A decode step is too small for calls of single operations: here layers one after another are one call. Their weights
+// stream through the cores once, for all rows together. Everything works on raw pointers; `block.py` checks sizes and formats.
 //
 // T is the format of weights, of what goes into products, and of the cache.
 //
 // Letters: M rows (tokens), K inputs, N outputs, B sequences of up to n tokens each, H query heads, G key/value heads,
-// D head size, S columns of the cache, of which U are in use.
+// D head size, S columns of the cache (a multiple of 32), of which U are in use.
 
 #include <immintrin.h>
 #include <math.h>
@@ -39,6 +39,13 @@ inline __m512 load(const bf16* p) {
 inline void store(bf16* p, __m512 x) {
   const __m256bh half = _mm512_cvtneps_pbh(x);
   memcpy(p, &half, sizeof half);
+}
+
+// Two neighbors, in all places.
+inline __m512bh pair(const bf16* p) {
+  int both;
+  memcpy(&both, p, sizeof both);
+  return (__m512bh)_mm512_set1_epi32(both);
 }
 
 inline void store_one(bf16* p, float x) {
@@ -169,9 +176,7 @@ inline void sums(const bf16* x, int64_t K, const Panel<bf16>& panel, Sums& sum) 
       const __m512bh w1 = (__m512bh)_mm512_loadu_si512(weights + k * kPanel + kPanel);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
-        int pair;
-        memcpy(&pair, x + r * K + k, sizeof pair);
-        const __m512bh both = (__m512bh)_mm512_set1_epi32(pair);
+        const __m512bh both = pair(x + r * K + k);
         s[r][0] = _mm512_dpbf16_ps(s[r][0], both, w0);
         s[r][1] = _mm512_dpbf16_ps(s[r][1], both, w1);
       }
@@ -260,8 +265,8 @@ inline void turn(float* x, const float* cos, const float* sin, int64_t D) {
 constexpr int kTogether = 6;  // queries that are summed for together
 
 // out [R, 32] = a [R, K] times b [K, 32]; the rows of each lie `by_a`, `by_b` and `by_out` numbers apart.
-template <int R, class T>
-inline void mixed(const float* a, int64_t by_a, const T* b, int64_t by_b, int64_t K, float* out, int64_t by_out) {
+template <int R>
+inline void mixed(const float* a, int64_t by_a, const float* b, int64_t by_b, int64_t K, float* out, int64_t by_out) {
   __m512 s[R][2];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) s[r][0] = s[r][1] = _mm512_setzero_ps();
@@ -276,14 +281,43 @@ inline void mixed(const float* a, int64_t by_a, const T* b, int64_t by_b, int64_
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
-    _mm512_storeu_ps(out + r * by_out, s[r][0]);
-    _mm512_storeu_ps(out + r * by_out + 16, s[r][1]);
+    store(out + r * by_out, s[r][0]);
+    store(out + r * by_out + 16, s[r][1]);
   }
 }
 
+#ifdef __AVX512BF16__
+// K is even: two rows of b are multiplied and added at a time.
+template <int R>
+inline void mixed(const bf16* a, int64_t by_a, const bf16* b, int64_t by_b, int64_t K, float* out, int64_t by_out) {
+  __m512 s[R][2];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) s[r][0] = s[r][1] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < K; k += 2) {
+    const __m512i row = _mm512_loadu_si512(b + k * by_b), next = _mm512_loadu_si512(b + (k + 1) * by_b);
+    // Within each quarter of a vector the first four columns, and the last four.
+    const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(row, next);
+    const __m512bh high = (__m512bh)_mm512_unpackhi_epi16(row, next);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const __m512bh both = pair(a + r * by_a + k);
+      s[r][0] = _mm512_dpbf16_ps(s[r][0], both, low);
+      s[r][1] = _mm512_dpbf16_ps(s[r][1], both, high);
+    }
+  }
+  const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    store(out + r * by_out, _mm512_permutex2var_ps(s[r][0], first, s[r][1]));
+    store(out + r * by_out + 16, _mm512_permutex2var_ps(s[r][0], second, s[r][1]));
+  }
+}
+#endif
+
 template <int R, class T>
 void mixed_some(
-    int rows, const float* a, int64_t by_a, const T* b, int64_t by_b, int64_t K, float* out, int64_t by_out) {
+    int rows, const T* a, int64_t by_a, const T* b, int64_t by_b, int64_t K, float* out, int64_t by_out) {
   if (rows == R) return mixed<R>(a, by_a, b, by_b, K, out, by_out);
   if constexpr (R > 1) mixed_some<R - 1>(rows, a, by_a, b, by_b, K, out, by_out);
 }
@@ -296,9 +330,9 @@ inline void fetch(const T* from, int64_t rows, int64_t by) {
   }
 }
 
-// exp(scores scaling + mask), and the sum of it, of the first S scores; what lies behind becomes 0.
+// exp(scores scaling + mask) up to a factor, and the sum of these, of S scores.
 template <class T>
-inline float masses(float* scores, const T* mask, float scaling, int64_t S, int64_t padded) {
+inline float masses(float* scores, const T* mask, float scaling, int64_t S, T* out) {
   __m512 most = _mm512_set1_ps(-INFINITY);
   for (int64_t s = 0; s < S; s += 16) {
     const __m512 v = _mm512_fmadd_ps(_mm512_loadu_ps(scores + s), _mm512_set1_ps(scaling), load(mask + s));
@@ -309,10 +343,9 @@ inline float masses(float* scores, const T* mask, float scaling, int64_t S, int6
   __m512 sum = _mm512_setzero_ps();
   for (int64_t s = 0; s < S; s += 16) {
     const __m512 v = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + s), top));
-    _mm512_storeu_ps(scores + s, v);
+    store(out + s, v);
     sum = _mm512_add_ps(sum, v);
   }
-  for (int64_t s = S; s < padded; ++s) scores[s] = 0.f;
   return _mm512_reduce_add_ps(sum);
 }
 
@@ -325,7 +358,7 @@ struct Layer {
 };
 
 struct Step {
-  int64_t rows, tokens, columns, used;                // B, n, S, U: the last two multiples of 16
+  int64_t rows, tokens, columns, used;                // B, n, S (a multiple of 32), U (of 16)
   const float *cos, *sin;                             // [B or 1, n, D]
   const void* mask;                                   // T [B or 1, n or 1, S], added to the scores
   const int64_t* places;                              // [B, n]: columns of the new tokens
@@ -347,112 +380,143 @@ void linear(
   });
 }
 
-// hidden [B n, K] becomes what the layer makes of it, where tokens count; keys [B G, D, S] and values [B G, S, D] get the new tokens.
+// What the threads of a layer share: rows of its products' inputs, and queries, keys and values.
 template <class T>
-void block(const Layer& l, const Step& t, float* hidden, T* keys, T* values, int64_t threads) {
+struct Rows {
+  T *normed, *mix, *inner;
+  float* qkv;
+};
+
+// hidden [B n, K] becomes what the layer makes of it, where tokens count; keys [B G, D, S] and values [B G, S, D] get
+// the new tokens. All threads call it.
+template <class T>
+void block(const Layer& l, const Step& t, float* hidden, T* keys, T* values, const Rows<T>& rows) {
   const int64_t n = t.tokens, M = t.starts[t.rows], K = l.width, D = l.size, S = t.columns, shared = l.heads / l.groups;
   const int64_t all = (l.heads + 2 * l.groups) * D, own = l.heads * D;
   const int64_t U = t.used, padded = (U + 31) / 32 * 32;
-  thread_local std::vector<T> normed, mix, inner;
-  thread_local std::vector<float> qkv;
-  normed.resize(M * K), mix.resize(M * own), inner.resize(M * l.inner), qkv.resize(M * all);
-  T *const normed_at = normed.data(), *const mix_at = mix.data(), *const inner_at = inner.data();
-  float* const qkv_at = qkv.data();
+  T *const normed_at = rows.normed, *const mix_at = rows.mix, *const inner_at = rows.inner;
+  float* const qkv_at = rows.qkv;
+  int64_t first, last;
 
-#pragma omp parallel num_threads(threads)
-  {
-    normed_rows(hidden, t.at, M, K, l.first_norm, l.first_eps, normed_at);
+  normed_rows(hidden, t.at, M, K, l.first_norm, l.first_eps, normed_at);
 #pragma omp barrier
-    products(normed_at, M, K, all, l.qkv, [&](int64_t m, int64_t p, __m512* sum) {
-      for (int half = 0; half < 2; ++half) {
-        const int64_t at = p * kPanel + 16 * half;
-        if (at >= all) continue;
-        const __m512 bias = l.qkv_bias ? _mm512_loadu_ps(l.qkv_bias + at) : _mm512_setzero_ps();
-        _mm512_storeu_ps(qkv_at + m * all + at, _mm512_add_ps(sum[half], bias));
-      }
-    });
+  products(normed_at, M, K, all, l.qkv, [&](int64_t m, int64_t p, __m512* sum) {
+    for (int half = 0; half < 2; ++half) {
+      const int64_t at = p * kPanel + 16 * half;
+      if (at >= all) continue;
+      const __m512 bias = l.qkv_bias ? _mm512_loadu_ps(l.qkv_bias + at) : _mm512_setzero_ps();
+      _mm512_storeu_ps(qkv_at + m * all + at, _mm512_add_ps(sum[half], bias));
+    }
+  });
 #pragma omp barrier
-    thread_local std::vector<float> query, scores, mixture;
-    thread_local std::vector<T> tail;
-    query.resize(shared * n * D), scores.resize(kTogether * padded), mixture.resize(kTogether * D);
-    int64_t first, last;
-    share(t.rows * l.groups, &first, &last);
-    for (int64_t item = first; item < last; ++item) {
-      const int64_t b = item / l.groups, g = item % l.groups, start = t.starts[b], m = t.starts[b + 1] - start;
-      T *const key = keys + item * D * S, *const value = values + item * S * D;
-      const bool ahead = item + 1 < last;
-      for (int64_t i = 0; i < m; ++i) {
-        float* const row = qkv_at + (start + i) * all;
-        const int64_t angle = (t.angles_by_row * b * n + i) * D, column = t.places[b * n + i];
-        float *const k = row + (l.heads + g) * D, *const v = k + l.groups * D;
-        if (l.key_norm) rms_norm(k, l.key_norm, l.key_eps, D, k);
-        turn(k, t.cos + angle, t.sin + angle, D);
-        for (int64_t d = 0; d < D; ++d) store_one(key + d * S + column, k[d]);
-        for (int64_t d = 0; d < D; d += 16) store(value + column * D + d, _mm512_loadu_ps(v + d));
-        for (int64_t h = 0; h < shared; ++h) {
-          float* const q = query.data() + (h * m + i) * D;
-          memcpy(q, row + (g * shared + h) * D, D * sizeof(float));
-          if (l.query_norm) rms_norm(q, l.query_norm, l.query_eps, D, q);
-          turn(q, t.cos + angle, t.sin + angle, D);
-        }
-      }
-      const T* ends = key + U / 32 * 32;
-      if (padded != U) {  // the last 16 columns, with zeros behind them
-        tail.assign(D * 32, 0);
-        for (int64_t d = 0; d < D; ++d) memcpy(tail.data() + d * 32, ends + d * S, 16 * sizeof(T));
-        ends = tail.data();
-      }
-      const int64_t R = shared * m;  // queries of the sequence and head
-      for (int64_t r = 0; r < R; r += kTogether) {
-        const int rows = static_cast<int>(std::min<int64_t>(kTogether, R - r));
-        float *const here = scores.data(), *const out = mixture.data();
-        for (int64_t s = 0; s < padded; s += 32) {
-          const bool end = s + 32 > U;
-          // Short stretches far apart: the processor does not see by itself what comes next.
-          if (ahead && r == 0) fetch(key + D * S + s, D, S);
-          mixed_some<kTogether>(
-              rows, query.data() + r * D, D, end ? ends : key + s, end ? 32 : S, D, here + s, padded);
-        }
-        float inverse[kTogether];
-        for (int i = 0; i < rows; ++i) {
-          const int64_t token = (r + i) % m;
-          const T* const mask =
-              static_cast<const T*>(t.mask) + (t.mask_by_row * b * (t.mask_by_token ? n : 1) + t.mask_by_token * token) * S;
-          inverse[i] = 1.f / masses(here + i * padded, mask, l.scaling, U, padded);
-        }
-        for (int64_t d = 0; d < D; d += 32) {
-          if (ahead && r == 0) fetch(value + D * S + d, U, D);
-          mixed_some<kTogether>(rows, here, padded, value + d, D, U, out + d, D);
-        }
-        for (int i = 0; i < rows; ++i) {
-          const int64_t h = (r + i) / m, token = (r + i) % m;
-          T* const to = mix_at + (start + token) * own + (g * shared + h) * D;
-          for (int64_t d = 0; d < D; d += 16) {
-            const __m512 v = _mm512_loadu_ps(out + i * D + d);
-            store(to + d, _mm512_mul_ps(v, _mm512_set1_ps(inverse[i])));
-          }
-        }
+  share(M * l.groups, &first, &last);
+  for (int64_t item = first; item < last; ++item) {
+    const int64_t m = item / l.groups, g = item % l.groups, b = t.at[m] / n, column = t.places[t.at[m]];
+    const int64_t angle = (t.angles_by_row ? t.at[m] : t.at[m] % n) * D;
+    if (item + 1 < last) {
+      const int64_t later = t.at[(item + 1) / l.groups], pair = later / n * l.groups + (item + 1) % l.groups;
+      const T* const column_of = keys + pair * D * S + t.places[later];
+      for (int64_t d = 0; d < D; ++d) _mm_prefetch(column_of + d * S, _MM_HINT_T0);
+    }
+    float* const row = qkv_at + m * all;
+    for (int64_t h = g * shared; h < (g + 1) * shared; ++h) {
+      float* const q = row + h * D;
+      if (l.query_norm) rms_norm(q, l.query_norm, l.query_eps, D, q);
+      turn(q, t.cos + angle, t.sin + angle, D);
+    }
+    float *const k = row + (l.heads + g) * D, *const v = k + l.groups * D;
+    if (l.key_norm) rms_norm(k, l.key_norm, l.key_eps, D, k);
+    turn(k, t.cos + angle, t.sin + angle, D);
+    T *const key = keys + (b * l.groups + g) * D * S, *const value = values + (b * l.groups + g) * S * D;
+    for (int64_t d = 0; d < D; ++d) store_one(key + d * S + column, k[d]);
+    for (int64_t d = 0; d < D; d += 16) store(value + column * D + d, _mm512_loadu_ps(v + d));
+  }
+#pragma omp barrier
+  thread_local std::vector<T> query, chances;
+  thread_local std::vector<float> scores, mixture;
+  query.resize(kTogether * D), chances.resize(kTogether * U);
+  scores.resize(kTogether * padded), mixture.resize(kTogether * D);
+  const int64_t parts = (shared * n + kTogether - 1) / kTogether;  // of the queries of a sequence and head
+  share(t.rows * l.groups * parts, &first, &last);
+  for (int64_t item = first; item < last; ++item) {
+    const int64_t pair = item / parts, b = pair / l.groups, g = pair % l.groups;
+    const int64_t start = t.starts[b], m = t.starts[b + 1] - start;
+    const int64_t from = item % parts * kTogether, count = std::min<int64_t>(kTogether, shared * m - from);
+    if (count <= 0) continue;
+    const T *const key = keys + pair * D * S, *const value = values + pair * S * D;
+    const bool ahead = from == 0 && item + parts < last;  // the next ones are this thread's too
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t h = (from + i) / m, token = (from + i) % m;
+      const float* const q = qkv_at + (start + token) * all + (g * shared + h) * D;
+      for (int64_t d = 0; d < D; d += 16) store(query.data() + i * D + d, _mm512_loadu_ps(q + d));
+    }
+    const int together = static_cast<int>(count);
+    float *const here = scores.data(), *const out = mixture.data();
+    for (int64_t s = 0; s < padded; s += 32) {
+      // Short stretches far apart: the processor does not see by itself what comes next.
+      if (ahead) fetch(key + D * S + s, D, S);
+      mixed_some<kTogether>(together, query.data(), D, key + s, S, D, here + s, padded);
+    }
+    float inverse[kTogether];
+    for (int i = 0; i < together; ++i) {
+      const int64_t token = (from + i) % m;
+      const T* const mask =
+          static_cast<const T*>(t.mask) + (t.mask_by_row * b * (t.mask_by_token ? n : 1) + t.mask_by_token * token) * S;
+      inverse[i] = 1.f / masses(here + i * padded, mask, l.scaling, U, chances.data() + i * U);
+    }
+    for (int64_t d = 0; d < D; d += 32) {
+      if (ahead) fetch(value + D * S + d, U, D);
+      mixed_some<kTogether>(together, chances.data(), U, value + d, D, U, out + d, D);
+    }
+    for (int i = 0; i < together; ++i) {
+      const int64_t h = (from + i) / m, token = (from + i) % m;
+      T* const to = mix_at + (start + token) * own + (g * shared + h) * D;
+      for (int64_t d = 0; d < D; d += 16) {
+        store(to + d, _mm512_mul_ps(_mm512_loadu_ps(out + i * D + d), _mm512_set1_ps(inverse[i])));
       }
     }
+  }
 #pragma omp barrier
-    const auto added = [&](int64_t m, int64_t p, __m512* sum, const float* bias) {
-      for (int half = 0; half < 2; ++half) {
-        const int64_t at = p * kPanel + 16 * half;
-        if (at >= K) continue;
-        float* const to = hidden + t.at[m] * K + at;
-        if (bias) sum[half] = _mm512_add_ps(sum[half], _mm512_loadu_ps(bias + at));
-        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum[half]));
-      }
-    };
-    products(mix_at, M, own, K, l.out, [&](int64_t m, int64_t p, __m512* s) { added(m, p, s, l.out_bias); });
+  const auto added = [&](int64_t m, int64_t p, __m512* sum, const float* bias) {
+    for (int half = 0; half < 2; ++half) {
+      const int64_t at = p * kPanel + 16 * half;
+      if (at >= K) continue;
+      float* const to = hidden + t.at[m] * K + at;
+      if (bias) sum[half] = _mm512_add_ps(sum[half], _mm512_loadu_ps(bias + at));
+      _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum[half]));
+    }
+  };
+  products(mix_at, M, own, K, l.out, [&](int64_t m, int64_t p, __m512* s) { added(m, p, s, l.out_bias); });
 #pragma omp barrier
-    normed_rows(hidden, t.at, M, K, l.second_norm, l.second_eps, normed_at);
+  normed_rows(hidden, t.at, M, K, l.second_norm, l.second_eps, normed_at);
 #pragma omp barrier
-    products(normed_at, M, K, 2 * l.inner, l.gated, [&](int64_t m, int64_t p, __m512* sum) {
-      store(inner_at + m * l.inner + 16 * p, _mm512_mul_ps(activated(sum[0], static_cast<int>(l.activation)), sum[1]));
-    });
+  products(normed_at, M, K, 2 * l.inner, l.gated, [&](int64_t m, int64_t p, __m512* sum) {
+    store(inner_at + m * l.inner + 16 * p, _mm512_mul_ps(activated(sum[0], static_cast<int>(l.activation)), sum[1]));
+  });
 #pragma omp barrier
-    products(inner_at, M, l.inner, K, l.down, [&](int64_t m, int64_t p, __m512* s) { added(m, p, s, nullptr); });
+  products(inner_at, M, l.inner, K, l.down, [&](int64_t m, int64_t p, __m512* s) { added(m, p, s, nullptr); });
+}
+
+// Layers one after another, all over the same step; keys and values are of each.
+template <class T>
+void blocks(
+    const Layer* const* layers, int64_t count, const Step& t, float* hidden, T* const* keys, T* const* values,
+    int64_t threads) {
+  const int64_t M = t.starts[t.rows];
+  int64_t width = 0, own = 0, inner = 0, all = 0;
+  for (int64_t i = 0; i < count; ++i) {
+    const Layer& l = *layers[i];
+    width = std::max(width, l.width), own = std::max(own, l.heads * l.size), inner = std::max(inner, l.inner);
+    all = std::max(all, (l.heads + 2 * l.groups) * l.size);
+  }
+  thread_local std::vector<T> normed, mix, gated;
+  thread_local std::vector<float> qkv;
+  normed.resize(M * width), mix.resize(M * own), gated.resize(M * inner), qkv.resize(M * all);
+  const Rows<T> rows{normed.data(), mix.data(), gated.data(), qkv.data()};
+#pragma omp parallel num_threads(threads)
+  for (int64_t i = 0; i < count; ++i) {
+    block(*layers[i], t, hidden, keys[i], values[i], rows);
+#pragma omp barrier
   }
 }
 
@@ -466,24 +530,35 @@ void linear_float32(
   linear(x, at, M, K, N, *weight, out, threads);
 }
 
-void block_float32(
-    const Layer* layer, const Step* step, float* hidden, float* keys, float* values, int64_t threads) {
-  block(*layer, *step, hidden, keys, values, threads);
+void blocks_float32(
+    const Layer* const* layers, int64_t count, const Step* step, float* hidden, float* const* keys,
+    float* const* values, int64_t threads) {
+  blocks(layers, count, *step, hidden, keys, values, threads);
 }
 
 #ifdef __AVX512BF16__
-// weight [N, K] in float32 as panels; with `other`, 16 outputs of each take turns.
+// weight [N, K] in float32 as panels; with `other`, 16 outputs of each take turns. K is a multiple of 16.
 void pack(const float* weight, const float* other, int64_t N, int64_t K, bf16* out, int64_t threads) {
   const int64_t half = kPanel / 2, from_each = other ? half : kPanel;
   const int64_t panels = (N + from_each - 1) / from_each;
 #pragma omp parallel for num_threads(threads)
   for (int64_t p = 0; p < panels; ++p) {
-    bf16* panel = out + p * kPanel * K;
-    for (int64_t j = 0; j < kPanel; ++j) {
-      const float* source = other && j >= half ? other : weight;
-      const int64_t row = p * from_each + (other ? j % half : j);
-      for (int64_t k = 0; k < K; ++k) {
-        store_one(panel + (k / 2) * 2 * kPanel + 2 * j + k % 2, row < N ? source[row * K + k] : 0.f);
+    for (int64_t side = 0; side < 2; ++side) {
+      const float* const source = other && side ? other : weight;
+      const int64_t row = p * from_each + (other ? 0 : side * half);
+      bf16* const panel = out + p * kPanel * K + side * kPanel;
+      for (int64_t k = 0; k < K; k += 16) {
+        // Eight pairs of inputs of each output become eight vectors of all 16 outputs.
+        alignas(64) uint32_t pairs[16][8];
+        for (int64_t j = 0; j < half; ++j) {
+          const __m512 v = row + j < N ? _mm512_loadu_ps(source + (row + j) * K + k) : _mm512_setzero_ps();
+          store(reinterpret_cast<bf16*>(pairs[j]), v);
+        }
+        const __m512i at = _mm512_mullo_epi32(
+            _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(8));
+        for (int64_t i = 0; i < 8; ++i) {
+          _mm512_storeu_si512(panel + (k / 2 + i) * 2 * kPanel, _mm512_i32gather_epi32(at, &pairs[0][i], 4));
+        }
       }
     }
   }
@@ -495,8 +570,10 @@ void linear_bfloat16(
   linear(x, at, M, K, N, *weight, out, threads);
 }
 
-void block_bfloat16(const Layer* layer, const Step* step, float* hidden, bf16* keys, bf16* values, int64_t threads) {
-  block(*layer, *step, hidden, keys, values, threads);
+void blocks_bfloat16(
+    const Layer* const* layers, int64_t count, const Step* step, float* hidden, bf16* const* keys, bf16* const* values,
+    int64_t threads) {
+  blocks(layers, count, *step, hidden, keys, values, threads);
 }
 #endif
 

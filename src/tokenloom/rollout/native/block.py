@@ -1,4 +1,4 @@
-"""A decoder layer as one call of compiled code, for decoding on the CPU.
+"""Decoder layers as one call of compiled code, for decoding on the CPU.
 
 What it replaces is a layer as Llama, Mistral and Qwen have it: RMS norms, attention with rotary positions and shared
 key/value heads, a gated MLP. In bfloat16, weights are cast and laid out once for each use; sums, norms, softmax and the
@@ -10,7 +10,8 @@ Letters: B rows, n new tokens of each, N outputs and K inputs of a product, S co
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,6 +59,20 @@ class _Step(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("cos", "sin", "mask", "places", "starts", "at")),
         *((name, ctypes.c_int64) for name in ("angles_by_row", "mask_by_row", "mask_by_token")),
     ]
+
+
+@dataclass
+class _Made:
+    """What compiled layers share in one forward."""
+
+    mask: Tensor
+    angles: tuple[Tensor, Tensor]
+    step: _Step
+    held: Sequence[Tensor]
+    """What `step` points to."""
+    out: Tensor | None = None
+    """What the last call gave: behind `layers` too, which need not compute it again."""
+    layers: Collection[int] = ()
 
 
 def format_here() -> torch.dtype | None:
@@ -134,6 +149,9 @@ class CompiledLayer:
         first, second = norms[module.input_layernorm], norms[module.post_attention_layernorm]
         query = norms[attention.q_norm] if hasattr(attention, "q_norm") else none
         key = norms[attention.k_norm] if hasattr(attention, "k_norm") else none
+        self._watched = [module._forward_hooks, module._forward_pre_hooks, *self._hooks]
+        self._behind: Sequence[CompiledLayer] = ()
+        self._heard: list[Any] = []
         self._layer = _Layer(
             attention.q_proj.in_features,
             attention.q_proj.out_features // self._size,
@@ -175,6 +193,9 @@ class CompiledLayer:
         """As the layer's own forward."""
         held = past_key_values if cache is None else cache
         layer = None if held is None else held.layers[self._number]
+        made = layer.place.made if isinstance(layer, MaskedLayer) else None
+        if made is not None and made.out is hidden_states and self._number in made.layers:
+            return hidden_states
         if (
             not isinstance(layer, MaskedLayer)
             or attention_mask is None
@@ -185,34 +206,41 @@ class CompiledLayer:
             mine = {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
             return self._otherwise(hidden_states, **mine, **given, **others)
         b, n, _width = hidden_states.shape
-        keys, values = layer.room(b, self._groups, self._size, hidden_states)
-        out = hidden_states.to(torch.float32, copy=True).contiguous()
         place = layer.place
-        if place.made is None or place.made[0] is not attention_mask or place.made[1] is not position_embeddings:
-            place.made = (
-                attention_mask,
-                position_embeddings,
-                *_step(place, b, n, attention_mask, position_embeddings, self._dtype),
-            )
+        out = hidden_states.to(torch.float32, copy=True).contiguous()
+        if made is None or made.mask is not attention_mask or made.angles is not position_embeddings:
+            made = place.made = _made(place, b, n, attention_mask, position_embeddings, self._dtype)
             if place.counts is not None:
                 # What nobody reads may be anything; zeros take no time in the head.
                 out[torch.arange(n) >= place.counts[:, None]] = 0.0
-        step = place.made[2]
-        places = ctypes.addressof(self._layer), ctypes.addressof(step)
-        _call("block", self._dtype, *places, _at(out), _at(keys), _at(values))
-        return out.to(hidden_states.dtype)
+        along = self._behind if place.alike and not any(self._heard) else ()
+        self._compute([self, *along], held, hidden_states, out, made.step)
+        made.out, made.layers = out.to(hidden_states.dtype), {one._number for one in along}
+        return made.out
+
+    def followed_by(self, others: Sequence[CompiledLayer]) -> None:
+        """Compute layers along with this one, which directly follow it, where nothing tells them apart."""
+        self._behind = others
+        self._heard = [hooks for one in (self, *others) for hooks in one._watched]
+
+    def _compute(self, layers: Sequence[CompiledLayer], cache: Any, hidden: Tensor, out: Tensor, step: _Step) -> None:
+        """What `layers` make of `out` [B, n, K], in place."""
+        rooms = [cache.layers[one._number].room(len(hidden), one._groups, one._size, hidden) for one in layers]
+        several = ctypes.c_void_p * len(layers)
+        described = several(*(ctypes.addressof(one._layer) for one in layers))
+        keys, values = (several(*(x.data_ptr() for x in side)) for side in zip(*rooms, strict=True))
+        at = [ctypes.addressof(x) for x in (described, step, keys, values)]
+        _call("blocks", self._dtype, at[0], len(layers), at[1], _at(out), at[2], at[3])
 
     def _can(self, hidden: Tensor, layer: MaskedLayer, mask: Tensor, cos: Tensor) -> bool:
-        fits = layer.holds(self._dtype) and mask.is_floating_point() and mask.shape[-1] % _VECTOR == 0
+        fits = layer.holds(self._dtype) and mask.is_floating_point() and mask.shape[-1] % _PANEL == 0
         if not fits or any(self._hooks) or cos.shape[-1] != self._size:
             return False
         return self._most is None or hidden.shape[0] * hidden.shape[1] <= self._most
 
 
-def _step(
-    place: Place, b: int, n: int, mask: Tensor, angles: tuple[Tensor, Tensor], dtype: torch.dtype
-) -> tuple[_Step, Sequence[Tensor]]:
-    """What is the same for all layers of a forward, and the tensors that it points to."""
+def _made(place: Place, b: int, n: int, mask: Tensor, angles: tuple[Tensor, Tensor], dtype: torch.dtype) -> _Made:
+    """What is the same for all layers of a forward."""
     columns = place.columns
     places = torch.arange(columns, columns + n).repeat(b, 1) if isinstance(columns, int) else columns.contiguous()
     cos, sin = (x.to(torch.float32).contiguous() for x in angles)
@@ -223,7 +251,7 @@ def _step(
     held = (cos, sin, added, places, starts, at)
     step = _Step(b, n, mask.shape[-1], min(columns_for(place.length, _VECTOR), mask.shape[-1]), *map(_at, held))
     step.angles_by_row, step.mask_by_row, step.mask_by_token = len(cos) > 1, len(mask) > 1, mask.shape[2] > 1
-    return step, held
+    return _Made(mask, angles, step, held)
 
 
 def _weight(

@@ -30,11 +30,11 @@ _BFLOAT16 = "-mavx512bf16"
 _SECONDS = 120
 _POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
 _LINEAR = [_POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER, _COUNT]
-_BLOCK = [_POINTER, _POINTER, _POINTER, _POINTER, _POINTER, _COUNT]
-_ARGUMENTS = {"linear_float32": _LINEAR, "block_float32": _BLOCK}
+_BLOCKS = [_POINTER, _COUNT, _POINTER, _POINTER, _POINTER, _POINTER, _COUNT]
+_ARGUMENTS = {"linear_float32": _LINEAR, "blocks_float32": _BLOCKS}
 _ARGUMENTS_BFLOAT16 = {
     "linear_bfloat16": _LINEAR,
-    "block_bfloat16": _BLOCK,
+    "blocks_bfloat16": _BLOCKS,
     "pack": [_POINTER, _POINTER, _COUNT, _COUNT, _POINTER, _COUNT],
 }
 _log = logging.getLogger(__name__)

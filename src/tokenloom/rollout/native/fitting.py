@@ -1,7 +1,8 @@
-"""Whether a compiled layer gives what the layer itself gave in a short forward."""
+"""Whether compiled layers may stand for a model's own, by what these gave in a short forward."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,7 +13,7 @@ from tokenloom.rollout.attention import BLOCKED
 from tokenloom.rollout.cache import MaskedLayer, Place
 from tokenloom.rollout.native.block import CompiledLayer, Norms
 
-_COLUMNS = 16
+_COLUMNS = 32
 # Of the largest change that the layer makes: roundings stay far below, another function does not.
 _TOLERANCE = {torch.bfloat16: 0.05, torch.float32: 1e-4}
 
@@ -39,6 +40,13 @@ def reproduces(module: Any, norms: Norms, dtype: torch.dtype, call: tuple[Any, A
     except NotImplementedError:
         return False
     return bool((ours - theirs).abs().max() <= _TOLERANCE[dtype] * (theirs - hidden).abs().max())
+
+
+def follow_each_other(modules: Sequence[Any], calls: Mapping[Any, tuple[Any, Any, Any]]) -> bool:
+    """Whether each layer was given exactly what the one before it gave; `calls` as in `reproduces`."""
+    given = [call[0][0] if call[0] else call[1]["hidden_states"] for call in map(calls.__getitem__, modules)]
+    gave = [call[2][0] if isinstance(call[2], tuple) else call[2] for call in map(calls.__getitem__, modules)]
+    return all(torch.equal(*pair) for pair in zip(gave[:-1], given[1:], strict=True))
 
 
 def _additive(mask: Tensor | None, b: int, n: int) -> Tensor:
