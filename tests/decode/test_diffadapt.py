@@ -48,6 +48,21 @@ def test_all_normal_is_the_baseline() -> None:
     assert torch.equal(generated(loops[0], sample=True), generated(loops[1], sample=True))
 
 
+def test_top_p_cuts_the_law_at_the_strategys_temperature() -> None:
+    loop = DiffAdapt(PROBE, TOKENIZER, [Strategy("", 3.0, 1.0)] * 3)
+    seen: list[torch.Tensor] = []
+
+    def watch(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        seen.append(scores.clone())
+        return scores
+
+    loop.draw = RandomDraw(torch.Generator().manual_seed(0))
+    given = {"attention_mask": GIVEN.attention_mask, "do_sample": True, "max_new_tokens": 1, "top_k": 0}
+    MODEL.generate(GIVEN.input_ids, custom_generate=loop, logits_processor=[watch], **given)
+    logits = MODEL(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1]
+    assert torch.allclose(seen[0][0], logits / 3, atol=1e-5)
+
+
 def test_suffix_temperature_and_budget() -> None:
     easy = Strategy(" be brief", 1e-4, 0.4)
     loop = DiffAdapt(PROBE, TOKENIZER, (easy, NORMAL, Strategy("", 1.0, 0.01)), tail=1)

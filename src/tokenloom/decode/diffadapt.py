@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import TemperatureLogitsWarper
 
-from tokenloom.decode.hidden_states import states
+from tokenloom.decode.hidden_states import evaluating, states
 from tokenloom.decode.minimize import Progress
 from tokenloom.decode.plain import Plain
 from tokenloom.decode.probe import Probe
@@ -75,7 +75,7 @@ def mean_entropies(model: Any, prompts: Sequence[Sequence[int]], completions: Se
         ValueError: for an empty completion.
     """
     found = []
-    with torch.no_grad():
+    with torch.no_grad(), evaluating(base_model(model)):
         for prompt, completion in zip(prompts, completions, strict=True):
             if len(completion) == 0:
                 raise ValueError("diffadapt needs completions of at least one token")
@@ -131,7 +131,8 @@ class DiffAdapt(Loop):
             input_ids=torch.cat((ids[:, :cut], added, ids[:, cut:]), 1),
             prompts=prompts,
             limit=max(1, int(strategy.share * run.limit)),
-            processors=[*run.processors, TemperatureLogitsWarper(float(strategy.temperature))],
+            # First, as generate has it: top-p and its like cut the law at this temperature.
+            processors=[TemperatureLogitsWarper(float(strategy.temperature)), *run.processors],
             streamer=run.streamer if rows == [0] else None,
         )
 

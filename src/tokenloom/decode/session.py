@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from tokenloom.decode.hidden_states import evaluating
 from tokenloom.policy.tree_forward import MaskKinds
 from tokenloom.rollout.attention import BLOCKED
 from tokenloom.rollout.cache import Place, columns_for, new_masked_cache
@@ -272,18 +273,13 @@ def open_session(model: Any, prompts: Sequence[Sequence[int]], **model_options: 
     if own is not None:
         yield own(prompts)
         return
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        # No gradient is taken in each forward, not here: sessions may close in any order.
+    # No gradient is taken in each forward, not here: sessions may close in any order.
+    with evaluating(model):
         if model_options:
             yield ModelSession(model, prompts, **model_options)
         else:
             with lean_modules(base_model(model)) as lean:
                 yield ModelSession(model, prompts, lean=lean)
-    finally:
-        for module in training:  # parts may be frozen in evaluation mode inside a model that trains
-            module.training = True
 
 
 def _ancestry(parents: Tensor | None, n: int, device: torch.device) -> tuple[Tensor, Tensor]:

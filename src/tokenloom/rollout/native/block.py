@@ -220,7 +220,7 @@ class CompiledLayer:
 
     def followed_by(self, others: Sequence[CompiledLayer]) -> None:
         """Compute layers along with this one, which directly follow it, where nothing tells them apart."""
-        self._behind = others
+        self._behind = others if all(one._size == self._size for one in others) else ()
         self._heard = [hooks for one in (self, *others) for hooks in one._watched]
 
     def _compute(self, layers: Sequence[CompiledLayer], cache: Any, hidden: Tensor, out: Tensor, step: _Step) -> None:
