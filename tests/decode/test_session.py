@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import BloomConfig, GPTNeoConfig, MptConfig
 
-from tests.tiny_models import TINY, tiny_llama
+from tests.tiny_models import TINY, build, tiny_llama
 from tokenloom.decode.session import ROOT, open_session
 from tokenloom.decode.table import TableLM
 
@@ -98,6 +99,23 @@ def test_a_model_goes_on_as_it_was() -> None:
         session.start()
         assert not model.training
     assert model.training
+
+
+@pytest.mark.parametrize("name", ["bloom", "mpt", "gpt-neo"])
+def test_models_that_count_columns_are_refused(name: str) -> None:
+    """ALiBi and GPT-Neo's windows go by places in the input, whatever a mask says."""
+    configs = {
+        "bloom": BloomConfig(vocab_size=64, hidden_size=16, n_layer=2, n_head=2),
+        "mpt": MptConfig(vocab_size=64, d_model=16, n_layers=2, n_heads=2, max_seq_len=128),
+        "gpt-neo": GPTNeoConfig(
+            vocab_size=64, hidden_size=16, num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]]
+        ),
+    }
+    with (
+        pytest.raises(ValueError, match="mask does not tell what they see"),
+        open_session(build(configs[name]), [[3]]),
+    ):
+        pass
 
 
 def test_parts_that_stood_in_evaluation_mode_stay_there() -> None:

@@ -106,8 +106,9 @@ class ModelSession:
         )
         if cache is None:
             raise ValueError(
-                f"{type(base_model(model)).__name__} has layers that carry other state than keys and values; tokens "
-                "cannot be taken back from it. Use plain generate with logits processors"
+                f"{type(base_model(model)).__name__} has layers that carry other state than keys and values, or that a "
+                "mask does not tell what they see; tokens cannot be taken back from it. Use plain generate with logits "
+                "processors"
             )
         self._cache: Any = cache
         text = self._config.get_text_config(decoder=True)

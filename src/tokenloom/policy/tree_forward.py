@@ -60,6 +60,8 @@ class MaskKinds:
         window = getattr(text, "sliding_window", None) if types or _knows(text, "sliding_window") else None
         # GPT-Neo's local layers measure their window between places in the input, whatever mask and positions say.
         types |= set(getattr(text, "attention_layers", None) or ()) - {"global"}
+        # ALiBi's biases are over places in the input, too.
+        types |= {"alibi"} if _has_alibi(text) else set()
         style = "flex" if getattr(text, "_attn_implementation", None) == "sdpa" else "dense"
         return cls(tuple(sorted(types)), window, style)
 
@@ -185,6 +187,11 @@ class TreeForward:
                 width = len(tree)
             calls[-1].append(tree)
         return calls
+
+
+def _has_alibi(config: Any) -> bool:
+    attention = getattr(config, "attn_config", None)  # MPT's
+    return config.model_type == "bloom" or any(bool(getattr(c, "alibi", False)) for c in (config, attention))
 
 
 def _knows(config: Any, name: str) -> bool:
