@@ -134,7 +134,7 @@ class Assembly:
             if name in _SINGLE:
                 changes[name] = parse(name, spec, current)  # type: ignore[arg-type]  # a Stage by the line above
             elif name in _LISTS:
-                changes[name] = parse_many("metric" if name == "metrics" else name, spec, current or ())  # type: ignore[arg-type]
+                changes[name] = parse_many("metric" if name == "metrics" else name, spec, current or ())  # type: ignore[arg-type]  # as above
             elif name in ("terms", "corpus"):
                 changes[name] = parse_terms(spec, current or ())
             elif name == "blend":

@@ -16,7 +16,7 @@ WAIT, SPACED, END = 20, 21, (30, 31)
 class Tokenizer:
     """Some words of one token, an end of thinking of two."""
 
-    known = {"wait": [WAIT], " wait": [SPACED], "but": [22, 23], " but": [24, 23], "</think>": list(END), " ": [45]}  # noqa: RUF012
+    known = {"wait": [WAIT], " wait": [SPACED], "but": [22, 23], " but": [24, 23], "</think>": list(END), " ": [45]}  # noqa: RUF012  # never changed
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         assert not add_special_tokens

@@ -175,7 +175,7 @@ def _answered(
             behind, tokens = len(done), answers.tokens
             new = answers.lines(
                 first,
-                lambda some, _all, more, b=behind, t=tokens: report(b + some, prompts * n, t + more),  # type: ignore[misc]
+                lambda some, _all, more, b=behind, t=tokens: report(b + some, prompts * n, t + more),  # type: ignore[misc]  # defaults bind
                 None if screen is None else show,
             )
             done += new

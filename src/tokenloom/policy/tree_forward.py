@@ -104,7 +104,7 @@ class MaskKinds:
 
 
 class TreeForward:
-    """Calls of at most `token_budget` nodes, padding included; a single row that is longer goes alone.
+    """Calls of at most `token_budget` nodes, padding included; of long rows as `_parts` has it.
 
     `reach`: see `rotation_reach`.
     """
