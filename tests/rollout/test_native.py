@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 from tiny_models import TINY, tiny_llama
 from tokenloom.decode.session import ROOT, open_session
+from tokenloom.rollout.cache import MaskedLayer, Place
 from tokenloom.rollout.lean import lean_modules
 from tokenloom.rollout.native import block, build
 from tokenloom.rollout.native.block import CompiledLayer, linear
+from tokenloom.rollout.native.session import largest_scores, move
+from tokenloom.rollout.native.weights import Space
 
 FORMATS = [torch.float32, torch.bfloat16]
 pytestmark = pytest.mark.skipif(build.library() is None, reason="no compiled layers on this machine")
@@ -181,14 +184,14 @@ def test_layers_that_someone_listens_to_are_left_as_they_are() -> None:
 
 
 def test_layers_are_one_call_unless_something_tells_them_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    called, call = list[int](), block._call
+    called, call = list[int](), block.call
 
     def counting(name: str, dtype: torch.dtype | None, *values: Any) -> None:
         if name == "blocks":
             called.append(values[1])
         call(name, dtype, *values)
 
-    monkeypatch.setattr(block, "_call", counting)
+    monkeypatch.setattr(block, "call", counting)
     model = model_of("llama")
     truth, heard = Truth(model), list[Tensor]()
     with open_session(model, [[5, 7], [3, 2, 8]]) as session:
@@ -213,6 +216,52 @@ def test_layers_are_one_call_unless_something_tells_them_apart(monkeypatch: pyte
         called.clear()
         assert truth.near(session.start()[0], session.rows[0])
     assert called == [1, 1, 1]
+
+
+def test_a_trunk_that_does_more_than_its_layers_is_not_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scaled embeddings, something behind the norm, or a configuration that has it return more."""
+    from transformers.models.llama.modeling_llama import LlamaModel
+
+    forward = LlamaModel.forward
+
+    def changed(self: Any, *args: Any, **given: Any) -> Any:
+        if self.kind == "scaled":
+            given["inputs_embeds"] = 2.0 * self.embed_tokens(given.pop("input_ids"))
+        output = forward(self, *args, **given)
+        if self.kind == "more":
+            output.last_hidden_state = output.last_hidden_state + 1.0
+        return output
+
+    monkeypatch.setattr(LlamaModel, "forward", changed)
+    for kind in ("as ever", "scaled", "more", "telling"):
+        model = model_of("llama")
+        model.model.kind, model.config.output_hidden_states = kind, kind == "telling"
+        truth = Truth(model)
+        with open_session(model, [[5, 7, 9]]) as session:
+            assert kind == "telling" or compiled_in(model) == 3
+            assert ("forward" in model.model.__dict__) == (kind == "as ever")
+            assert truth.near(session.start()[0], [5, 7, 9])
+
+
+def test_layers_that_were_taken_out_since_are_not_computed() -> None:
+    model = model_of("llama")
+    with open_session(model, [[5, 7]]) as session:
+        session.start()
+    model.model.layers = model.model.layers[:2]
+    model.config.num_hidden_layers = 2
+    truth = Truth(model)
+    with open_session(model, [[5, 7]]) as session:
+        assert truth.near(session.start()[0], [5, 7])
+
+
+def test_what_a_session_is_asked_for_beside_scores() -> None:
+    """More than the last hidden states, or tuples, come from the model's own code."""
+    model = model_of("qwen3")
+    ids = torch.tensor([[5, 7, 9]])
+    with torch.no_grad(), lean_modules(model):
+        output = model(ids, output_hidden_states=True, use_cache=True)
+        assert len(output.hidden_states) == 4
+        assert len(model(ids, return_dict=False)) == 2
 
 
 def test_a_layer_of_another_function_or_size_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,3 +311,57 @@ def test_without_a_compiler_decoding_goes_on(
     with open_session(model, [[5, 7]]) as session:
         assert compiled_in(model) == 0
         assert truth.near(session.start()[0], [5, 7])
+
+
+@pytest.mark.parametrize("vocabulary", [3, 64, 1000, 1153])
+def test_the_largest_scores_come_in_order_and_of_equal_ones_the_first(vocabulary: int) -> None:
+    torch.manual_seed(vocabulary)
+    for scores in (torch.randn(4, vocabulary), torch.randint(0, 5, (4, vocabulary)).float()):
+        scores[1, : vocabulary // 2] = -torch.inf
+        for count in {1, min(8, vocabulary), min(vocabulary, 40)}:
+            found = largest_scores(scores, count)
+            assert found is not None
+            expected = scores.sort(dim=-1, descending=True, stable=True)
+            assert torch.equal(found[0], expected.values[:, :count])
+            assert torch.equal(found[1], expected.indices[:, :count])
+    broken = torch.full((1, vocabulary), torch.nan)
+    found = largest_scores(broken, 2)
+    assert found is not None
+    assert found[1].sort().values.tolist() == [[0, 1]]
+    assert largest_scores(broken.double(), 2) is None
+    assert largest_scores(broken, vocabulary + 1) is None
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_columns_move_one_after_another(dtype: torch.dtype) -> None:
+    served(dtype)
+    torch.manual_seed(0)
+    source, target = torch.tensor([[2, 4, 5], [1, 1, 7]]), torch.tensor([[1, 2, 3], [0, 1, 2]])
+
+    def layers() -> list[MaskedLayer]:
+        torch.manual_seed(0)
+        made = [MaskedLayer(Place(length=8), 2, dtype=dtype, transposed=True, block=16) for _ in range(3)]
+        for layer in made:
+            layer.write(torch.randn(2, 8, 3, 32), torch.randn(2, 8, 3, 32))
+        return made
+
+    ours, theirs = layers(), layers()
+    assert move(ours, source, target)
+    for layer in theirs:
+        for i in range(3):
+            layer.move(source[:, i : i + 1], target[:, i : i + 1])
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine.keys, other.keys)
+        assert torch.equal(mine.values, other.values)
+    lying = MaskedLayer(Place(length=8), 2, dtype=dtype, transposed=False, block=16)
+    assert not move([lying], source, target)
+
+
+def test_room_for_weights_is_nobody_elses() -> None:
+    space = Space()
+    taken = [space.take(count) for count in (64, 40 << 20, 96, 32)]
+    for value, part in enumerate(taken):
+        assert part.data_ptr() % 64 == 0
+        part[:64] = value
+    assert [int(part[0]) for part in taken] == [0, 1, 2, 3]
+    assert [len(part) for part in taken] == [64, 40 << 20, 96, 32]

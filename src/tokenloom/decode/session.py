@@ -24,6 +24,7 @@ from tokenloom.rollout.cache import Place, columns_for, new_masked_cache
 from tokenloom.rollout.cache_block import block_of
 from tokenloom.rollout.forward import ModelCall, base_model
 from tokenloom.rollout.lean import Lean, lean_modules
+from tokenloom.rollout.native import session as native
 
 ROOT = -1
 """The parent of a node that follows the row's last committed token."""
@@ -181,8 +182,9 @@ class ModelSession:
             source = torch.tensor([list(p) + list(range(len(p), longest)) for p in paths], device=self.device)
             target = torch.arange(longest, device=self.device).expand_as(source)
             columns = self._lengths[:, None]
-            for layer in self._cache.layers:
-                layer.move(columns + source, columns + target)
+            if not native.move(self._cache.layers, columns + source, columns + target):
+                for layer in self._cache.layers:
+                    layer.move(columns + source, columns + target)
         tried = self._tried.tolist()
         for row, nodes, path in zip(self.rows, tried, paths, strict=True):
             row.extend(nodes[i] for i in path)

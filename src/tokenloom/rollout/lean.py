@@ -25,7 +25,9 @@ from torch import Tensor, nn
 from tokenloom.policy.own_logits import run_trunk, trunk_of
 from tokenloom.rollout.attention import attend
 from tokenloom.rollout.native import block as compiled
-from tokenloom.rollout.native.fitting import follow_each_other, reproduces
+from tokenloom.rollout.native.fitting import is_a_stack, reproduces
+from tokenloom.rollout.native.trunk import CompiledTrunk
+from tokenloom.rollout.native.weights import Space
 from tokenloom.rollout.products import kernel_dtype, product, products
 
 Form = Callable[..., Any]
@@ -34,8 +36,9 @@ Make = Callable[[Any], Form]
 _FEW = 4096
 _PROBE = 6
 _fitting: WeakKeyDictionary[nn.Module, list[tuple[nn.Module, Make]]] = WeakKeyDictionary()
-_compilable: WeakKeyDictionary[nn.Module, dict[torch.dtype, tuple[list[nn.Module], bool]]] = WeakKeyDictionary()
-"""Layers that can be compiled code, and whether they directly follow each other."""
+_compilable: WeakKeyDictionary[nn.Module, dict[torch.dtype, tuple[list[nn.Module], type[Any] | None]]]
+_compilable = WeakKeyDictionary()
+"""Layers that can be compiled code, and what a trunk returns that is made up of them and nothing else."""
 
 
 @dataclass(frozen=True)
@@ -271,31 +274,41 @@ def _calls(causal: Any, wanted: Callable[[nn.Module], bool]) -> dict[nn.Module, 
 
 
 def _compiled(causal: Any, makes: dict[nn.Module, Make]) -> Iterator[tuple[nn.Module, Form]]:
-    """Layers that are compiled code here, and the head with them."""
+    """Layers that are compiled code here, and with them the trunk that they make up and the head."""
     dtype = compiled.format_here()
     if dtype is None:
         return
     norms = {
         m: (_scale(m, make), _eps(m) or 0.0) for m, make in makes.items() if make in (_rms_norm, _shifted_rms_norm)
     }
+    trunk: Any = trunk_of(causal)
     known = _compilable.setdefault(causal, {})
     if dtype not in known:
         layers = [m for m, make in makes.items() if make is _block and _is_plain(m, makes) and compiled.describes(m)]
-        calls = _calls(causal, lambda module: module in layers)
+        calls = _calls(causal, lambda module: module in layers or module in (trunk, *trunk.children()))
         layers = [m for m in layers if m in calls and reproduces(m, norms, dtype, calls[m])]
-        known[dtype] = layers, follow_each_other(layers, calls)
-    layers, in_turn = known[dtype]
+        known[dtype] = layers, type(calls[trunk][2]) if is_a_stack(trunk, layers, calls) else None
+    layers, output = known[dtype]
+    space = Space()
     made = [
-        (module, compiled.CompiledLayer(module, norms, dtype, type(module).forward.__get__(module)))
+        (module, compiled.CompiledLayer(module, norms, dtype, type(module).forward.__get__(module), space))
         for module in layers
         if _is_plain(module, makes) and compiled.describes(module) and not any(compiled.hooks_inside(module))
     ]
-    if made and in_turn and len(made) == len(layers):
-        made[0][1].followed_by([form for _, form in made[1:]])
     yield from made
+    # What was a stack may have been given other parts since.
+    if output is not None and [module for module, _ in made] == list(trunk.layers) and trunk.norm in norms:
+        own, forms = type(trunk).forward.__get__(trunk), [form for _, form in made]
+        if "forward" not in trunk.__dict__ and not _tells_more(trunk):
+            yield trunk, CompiledTrunk(trunk, forms, norms[trunk.norm], output, own)
     head = causal.get_output_embeddings()
     if layers and compiled.is_linear(head) and compiled.most_rows(dtype) is None:
-        yield head, compiled.linear(head, dtype)
+        yield head, compiled.linear(head, dtype, space)
+
+
+def _tells_more(trunk: Any) -> bool:
+    """Whether its configuration has a trunk return more than the last hidden states."""
+    return any(getattr(trunk.config, name, False) for name in ("output_hidden_states", "output_attentions"))
 
 
 def _is_plain(layer: Any, makes: dict[nn.Module, Make]) -> bool:

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from tokenloom.decode.drafters.best_first import Grown, Limits
@@ -20,6 +19,7 @@ from tokenloom.decode.run import Run
 from tokenloom.draw import Draw
 from tokenloom.methods.decoding.draft_tree import ROOT, DraftTree, SparseLaw
 from tokenloom.methods.decoding.recursive_rejection import distinct
+from tokenloom.rollout.native.session import largest_scores
 
 Drawing = Literal["given", "independent", "distinct"]
 """How the children of a node come about: the likeliest ones, draws from one law, or draws each other than before."""
@@ -171,35 +171,15 @@ def vocabulary_of(model: object) -> int:
 
 
 def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Values and indices [N, count] of the largest of `scores` [N, V], in order: `topk`, quicker on wide rows.
-
-    The largest lie in the stretches of the largest maxima, and maxima are quickly found.
-    """
-    n, v = scores.shape
-    stretches = 256
-    width = v // stretches
-    if scores.device.type != "cpu" or count * 4 > stretches or width < 4 * count:
-        return scores.topk(min(count, v))
-    main = scores[:, : stretches * width].reshape(n, stretches, width)
-    chosen = main.amax(-1).topk(count).indices
-    inside = main.gather(1, chosen[:, :, None].expand(n, count, width)).flatten(1)
-    ids = (chosen[:, :, None] * width + torch.arange(width)).flatten(1)
-    rest = torch.arange(stretches * width, v).expand(n, -1)
-    values, places = torch.cat((inside, scores[:, stretches * width :]), 1).topk(count)
-    return values, torch.cat((ids, rest), 1).gather(1, places)
+    """Values and indices [N, count] of the largest of `scores` [N, V], in order: `topk`, quicker on wide rows."""
+    count = min(count, scores.shape[1])
+    return largest_scores(scores, count) or scores.topk(count)
 
 
 def likeliest(scores: Tensor) -> Tensor:
     """The index [N] of the largest of `scores` [N, V], the lowest among equals: `argmax`, quicker on wide rows."""
-    n, v = scores.shape
-    stretches = 256
-    width = v // stretches
-    if scores.device.type != "cpu" or width < 4 or v % stretches:
-        return scores.argmax(-1)
-    main = scores.view(n, stretches, width)
-    chosen = main.amax(-1).argmax(-1)
-    inside: Tensor = main[torch.arange(n), chosen].argmax(-1)
-    return chosen * width + inside
+    found = largest_scores(scores, 1)
+    return scores.argmax(-1) if found is None else found[1][:, 0]
 
 
 __all__ = [

@@ -22,6 +22,7 @@ namespace {
 
 using bf16 = uint16_t;
 constexpr int kPanel = 32;  // outputs that are summed together: two vectors of 16
+constexpr int64_t kAhead = 128;  // inputs of a panel, 8 KB in bfloat16
 constexpr int64_t kChunk = 256 * 1024;  // bytes of the rows that are read again for each panel
 
 inline __m512 load(const float* p) { return _mm512_loadu_ps(p); }
@@ -95,7 +96,7 @@ struct Weight {
   int64_t alternate;  // 16 outputs of the first, then 16 of the second, and so on
 };
 
-using Sums = __m512[12][2];  // for each of some rows of x
+using Sums = __m512[14][2];  // for each of some rows of x
 
 // 32 outputs of a weight.
 template <class T>
@@ -121,29 +122,29 @@ struct Panel<float> {
 
 // Sums of R rows of x over one panel, each a vector of parts to be added up: weights are taken as they lie.
 template <int R>
-inline void sums(const float* x, int64_t K, const Panel<float>& panel, Sums& sum) {
+inline void sums(const float* x, int64_t K, const Panel<float>& panel, bool, Sums& sum) {
   alignas(64) float found[R][kPanel] = {};
   for (int j = 0; j < kPanel && panel.row[j]; j += 4) {
     __m512 s[R][4];
     const float* row[4];
-#pragma GCC unroll 12
+#pragma GCC unroll 14
     for (int i = 0; i < 4; ++i) row[i] = panel.row[j + i] ? panel.row[j + i] : panel.row[j];
-#pragma GCC unroll 12
+#pragma GCC unroll 14
     for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 12
+#pragma GCC unroll 14
       for (int i = 0; i < 4; ++i) s[r][i] = _mm512_setzero_ps();
     }
     for (int64_t k = 0; k < K; k += 16) {
-#pragma GCC unroll 12
+#pragma GCC unroll 14
       for (int r = 0; r < R; ++r) {
         const __m512 v = _mm512_loadu_ps(x + r * K + k);
-#pragma GCC unroll 12
+#pragma GCC unroll 14
         for (int i = 0; i < 4; ++i) s[r][i] = _mm512_fmadd_ps(v, _mm512_loadu_ps(row[i] + k), s[r][i]);
       }
     }
-#pragma GCC unroll 12
+#pragma GCC unroll 14
     for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 12
+#pragma GCC unroll 14
       for (int i = 0; i < 4; ++i) found[r][j + i] = _mm512_reduce_add_ps(s[r][i]);
     }
   }
@@ -154,27 +155,32 @@ inline void sums(const float* x, int64_t K, const Panel<float>& panel, Sums& sum
 // It lies as [K / 2, 32 outputs, 2 inputs].
 template <>
 struct Panel<bf16> {
-  static constexpr int kRows = 12;  // 24 of the 32 registers
+  static constexpr int kRows = 14;  // 28 of the 32 registers
   const bf16* at;
 
   Panel(const Weight& weight, int64_t p, int64_t K) : at(static_cast<const bf16*>(weight.part[0]) + p * kPanel * K) {}
 };
 
 template <int R>
-inline void sums(const bf16* x, int64_t K, const Panel<bf16>& panel, Sums& sum) {
+inline void sums(const bf16* x, int64_t K, const Panel<bf16>& panel, bool again, Sums& sum) {
   __m512 s[R][2];
-#pragma GCC unroll 12
+#pragma GCC unroll 14
   for (int r = 0; r < R; ++r) s[r][0] = s[r][1] = _mm512_setzero_ps();
   const bf16* const weights = panel.at;
   for (int64_t from = 0; from < K; from += 32) {
-    // The processor looks ahead too little to hide the memory behind so much arithmetic.
-    const char* const next = reinterpret_cast<const char*>(weights + (from + K) * kPanel);
-    for (int i = 0; i < 32; ++i) _mm_prefetch(next + 64 * i, _MM_HINT_T1);
+    // The processor looks ahead too little to hide the memory behind so much arithmetic: the first rows ask for what
+    // they need next themselves, further ones, for which all is there, for the next panel.
+    const char* const next = reinterpret_cast<const char*>(weights + (from + (again ? K : kAhead)) * kPanel);
+    if (again) {
+      for (int i = 0; i < 32; ++i) _mm_prefetch(next + 64 * i, _MM_HINT_T1);
+    } else {
+      for (int i = 0; i < 32; ++i) _mm_prefetch(next + 64 * i, _MM_HINT_T0);
+    }
     const int64_t to = std::min<int64_t>(from + 32, K);
     for (int64_t k = from; k < to; k += 2) {
       const __m512bh w0 = (__m512bh)_mm512_loadu_si512(weights + k * kPanel);
       const __m512bh w1 = (__m512bh)_mm512_loadu_si512(weights + k * kPanel + kPanel);
-#pragma GCC unroll 12
+#pragma GCC unroll 14
       for (int r = 0; r < R; ++r) {
         const __m512bh both = pair(x + r * K + k);
         s[r][0] = _mm512_dpbf16_ps(s[r][0], both, w0);
@@ -182,15 +188,15 @@ inline void sums(const bf16* x, int64_t K, const Panel<bf16>& panel, Sums& sum) 
       }
     }
   }
-#pragma GCC unroll 12
+#pragma GCC unroll 14
   for (int r = 0; r < R; ++r) sum[r][0] = s[r][0], sum[r][1] = s[r][1];
 }
 #endif
 
 template <int R, class T>
-void some(int rows, const T* x, int64_t K, const Panel<T>& panel, Sums& sum) {
-  if (rows == R) return sums<R>(x, K, panel, sum);
-  if constexpr (R > 1) some<R - 1>(rows, x, K, panel, sum);
+void some(int rows, const T* x, int64_t K, const Panel<T>& panel, bool again, Sums& sum) {
+  if (rows == R) return sums<R>(x, K, panel, again, sum);
+  if constexpr (R > 1) some<R - 1>(rows, x, K, panel, again, sum);
 }
 
 // A thread's share of `count` things.
@@ -215,7 +221,7 @@ void products(const T* x, int64_t M, int64_t K, int64_t N, const Weight& weight,
       const Panel<T> panel(weight, p, K);
       for (int64_t b = 0; b < blocks; ++b) {
         const int64_t from = top + rows * b / blocks, to = top + rows * (b + 1) / blocks;
-        some<R, T>(static_cast<int>(to - from), x + from * K, K, panel, sum);
+        some<R, T>(static_cast<int>(to - from), x + from * K, K, panel, b > 0, sum);
         for (int64_t m = from; m < to; ++m) emit(m, p, sum[m - from]);
       }
     }
@@ -268,18 +274,18 @@ constexpr int kTogether = 6;  // queries that are summed for together
 template <int R>
 inline void mixed(const float* a, int64_t by_a, const float* b, int64_t by_b, int64_t K, float* out, int64_t by_out) {
   __m512 s[R][2];
-#pragma GCC unroll 12
+#pragma GCC unroll 14
   for (int r = 0; r < R; ++r) s[r][0] = s[r][1] = _mm512_setzero_ps();
   for (int64_t k = 0; k < K; ++k) {
     const __m512 b0 = load(b + k * by_b), b1 = load(b + k * by_b + 16);
-#pragma GCC unroll 12
+#pragma GCC unroll 14
     for (int r = 0; r < R; ++r) {
       const __m512 v = _mm512_set1_ps(a[r * by_a + k]);
       s[r][0] = _mm512_fmadd_ps(v, b0, s[r][0]);
       s[r][1] = _mm512_fmadd_ps(v, b1, s[r][1]);
     }
   }
-#pragma GCC unroll 12
+#pragma GCC unroll 14
   for (int r = 0; r < R; ++r) {
     store(out + r * by_out, s[r][0]);
     store(out + r * by_out + 16, s[r][1]);
@@ -291,14 +297,14 @@ inline void mixed(const float* a, int64_t by_a, const float* b, int64_t by_b, in
 template <int R>
 inline void mixed(const bf16* a, int64_t by_a, const bf16* b, int64_t by_b, int64_t K, float* out, int64_t by_out) {
   __m512 s[R][2];
-#pragma GCC unroll 12
+#pragma GCC unroll 14
   for (int r = 0; r < R; ++r) s[r][0] = s[r][1] = _mm512_setzero_ps();
   for (int64_t k = 0; k < K; k += 2) {
     const __m512i row = _mm512_loadu_si512(b + k * by_b), next = _mm512_loadu_si512(b + (k + 1) * by_b);
     // Within each quarter of a vector the first four columns, and the last four.
     const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(row, next);
     const __m512bh high = (__m512bh)_mm512_unpackhi_epi16(row, next);
-#pragma GCC unroll 12
+#pragma GCC unroll 14
     for (int r = 0; r < R; ++r) {
       const __m512bh both = pair(a + r * by_a + k);
       s[r][0] = _mm512_dpbf16_ps(s[r][0], both, low);
@@ -307,7 +313,7 @@ inline void mixed(const bf16* a, int64_t by_a, const bf16* b, int64_t by_b, int6
   }
   const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
   const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(8));
-#pragma GCC unroll 12
+#pragma GCC unroll 14
   for (int r = 0; r < R; ++r) {
     store(out + r * by_out, _mm512_permutex2var_ps(s[r][0], first, s[r][1]));
     store(out + r * by_out + 16, _mm512_permutex2var_ps(s[r][0], second, s[r][1]));
@@ -365,14 +371,32 @@ struct Step {
   const int64_t* starts;                              // [B + 1]: tokens that count, of the sequences before each
   const int64_t* at;                                  // [M]: where the tokens that count stand among the B n
   int64_t angles_by_row, mask_by_row, mask_by_token;  // 0 where all rows, or tokens, have the same
+  const float* last_norm;                             // [K], of an RMS norm behind the last layer, or null
+  float last_eps;
 };
 
-// Rows at[m] of out [., N], float32 = x [M, K] times the weight's transpose.
+// out [M, N], float32 = x [M, K] times the weight's transpose; rows of zeros are not multiplied.
 template <class T>
-void linear(
-    const T* x, const int64_t* at, int64_t M, int64_t K, int64_t N, const Weight& weight, float* out, int64_t threads) {
+void linear(const T* x, int64_t M, int64_t K, int64_t N, const Weight& weight, float* out, int64_t threads) {
+  thread_local std::vector<int64_t> places;
+  thread_local std::vector<T> dense;
+  places.clear();
+  for (int64_t m = 0; m < M; ++m) {
+    const T* const row = x + m * K;
+    if (std::any_of(row, row + K, [](T v) { return v != 0; })) {
+      places.push_back(m);
+    } else {
+      memset(out + m * N, 0, N * sizeof(float));
+    }
+  }
+  const int64_t count = static_cast<int64_t>(places.size()), *const at = places.data();
+  if (count < M) {
+    dense.resize(count * K);
+    for (int64_t i = 0; i < count; ++i) memcpy(dense.data() + i * K, x + at[i] * K, K * sizeof(T));
+    x = dense.data();
+  }
 #pragma omp parallel num_threads(threads)
-  products(x, M, K, N, weight, [&](int64_t m, int64_t p, __m512* sum) {
+  products(x, count, K, N, weight, [&](int64_t m, int64_t p, __m512* sum) {
     for (int half = 0; half < 2; ++half) {
       const int64_t n = p * kPanel + 16 * half;
       if (n < N) _mm512_mask_storeu_ps(out + at[m] * N + n, N - n < 16 ? (1u << (N - n)) - 1 : 0xffff, sum[half]);
@@ -518,6 +542,10 @@ void blocks(
     block(*layers[i], t, hidden, keys[i], values[i], rows);
 #pragma omp barrier
   }
+  for (int64_t m = 0; t.last_norm && m < M; ++m) {
+    float* const row = hidden + t.at[m] * width;
+    rms_norm(row, t.last_norm, t.last_eps, width, row);
+  }
 }
 
 }  // namespace
@@ -525,9 +553,8 @@ void blocks(
 extern "C" {
 
 void linear_float32(
-    const float* x, const int64_t* at, int64_t M, int64_t K, int64_t N, const Weight* weight, float* out,
-    int64_t threads) {
-  linear(x, at, M, K, N, *weight, out, threads);
+    const float* x, int64_t M, int64_t K, int64_t N, const Weight* weight, float* out, int64_t threads) {
+  linear(x, M, K, N, *weight, out, threads);
 }
 
 void blocks_float32(
@@ -565,9 +592,8 @@ void pack(const float* weight, const float* other, int64_t N, int64_t K, bf16* o
 }
 
 void linear_bfloat16(
-    const bf16* x, const int64_t* at, int64_t M, int64_t K, int64_t N, const Weight* weight, float* out,
-    int64_t threads) {
-  linear(x, at, M, K, N, *weight, out, threads);
+    const bf16* x, int64_t M, int64_t K, int64_t N, const Weight* weight, float* out, int64_t threads) {
+  linear(x, M, K, N, *weight, out, threads);
 }
 
 void blocks_bfloat16(

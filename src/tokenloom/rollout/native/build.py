@@ -1,4 +1,4 @@
-"""Compiles `block.cpp` with the machine's C++ compiler, once, and loads it.
+"""Compiles the C++ files beside it with the machine's compiler, once, and loads them.
 
 Nothing depends on it: without a compiler, on another processor, or with `TOKENLOOM_NATIVE=0` in the environment,
 decoding takes PyTorch's operations. The library lies in the cache folder, under a name that changes with the source,
@@ -22,16 +22,25 @@ import torch
 
 from tokenloom.policy.cache import build_once, cache_folder
 
-_SOURCE = Path(__file__).with_name("block.cpp")
+_SOURCES = [Path(__file__).with_name(name) for name in ("block.cpp", "session.cpp")]
+_NAME = "native.so"
 # Named one by one, not -march=native: a home folder may be shared with machines that have other instructions.
 _FLAGS = ["-O3", "-std=c++17", "-shared", "-fPIC", "-fopenmp"]
 _FLAGS += ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma"]
 _BFLOAT16 = "-mavx512bf16"
 _SECONDS = 120
 _POINTER, _COUNT = ctypes.c_void_p, ctypes.c_int64
-_LINEAR = [_POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER, _COUNT]
+_LINEAR = [_POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER, _COUNT]
 _BLOCKS = [_POINTER, _COUNT, _POINTER, _POINTER, _POINTER, _POINTER, _COUNT]
-_ARGUMENTS = {"linear_float32": _LINEAR, "blocks_float32": _BLOCKS}
+_MOVE = [_POINTER, _POINTER, _COUNT, _COUNT, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER, _COUNT, _COUNT]
+_ARGUMENTS = {
+    "linear_float32": _LINEAR,
+    "blocks_float32": _BLOCKS,
+    "largest_scores": [_POINTER, _COUNT, _COUNT, _COUNT, _POINTER, _POINTER, _COUNT],
+    "move_float32": _MOVE,
+    "move_bfloat16": _MOVE,
+    "large_pages": [_POINTER, _COUNT, _COUNT],
+}
 _ARGUMENTS_BFLOAT16 = {
     "linear_bfloat16": _LINEAR,
     "blocks_bfloat16": _BLOCKS,
@@ -66,10 +75,10 @@ def found() -> tuple[ctypes.CDLL | None, str]:
     flags = [*_FLAGS, _BFLOAT16] if narrow else _FLAGS
     try:
         folder = build_once(_target(compiler, flags), lambda folder: _compile(compiler, flags, folder))
-        loaded = ctypes.CDLL(str(folder / "block.so"))
+        loaded = ctypes.CDLL(str(folder / _NAME))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
-        _log.warning("decoding goes on with PyTorch's operations, %s did not compile: %s", _SOURCE.name, said)
+        _log.warning("decoding goes on with PyTorch's operations, compiled layers did not compile: %s", said)
         return None, f"{shlex.join(compiler)} did not compile them: {said}"
     for name, arguments in (_ARGUMENTS | (_ARGUMENTS_BFLOAT16 if narrow else {})).items():
         function = getattr(loaded, name)
@@ -91,12 +100,12 @@ def _has(feature: str) -> bool:
 def _target(compiler: list[str], flags: list[str]) -> Path:
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=_SECONDS, check=True)
     known = hashlib.sha256()
-    for part in (_SOURCE.read_bytes(), " ".join(flags).encode(), version.stdout.encode()):
+    for part in (*(source.read_bytes() for source in _SOURCES), " ".join(flags).encode(), version.stdout.encode()):
         known.update(part)
     return cache_folder() / "kernels" / known.hexdigest()[:16]
 
 
 def _compile(compiler: list[str], flags: list[str], folder: Path) -> None:
-    _log.info("compiling %s, once", _SOURCE.name)
-    command = [*compiler, *flags, str(_SOURCE), "-o", str(folder / "block.so")]
+    _log.info("compiling layers for decoding, once")
+    command = [*compiler, *flags, *map(str, _SOURCES), "-o", str(folder / _NAME)]
     subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=True)

@@ -22,9 +22,9 @@ def reproduces(module: Any, norms: Norms, dtype: torch.dtype, call: tuple[Any, A
     """`call` is (args, keyword arguments, output) of the layer over B rows of n tokens in float32, without a cache."""
     args, given, output = call
     hidden = args[0] if args else given["hidden_states"]
-    theirs = output[0] if isinstance(output, tuple) else output
+    theirs = _first(output)
     b, n, _width = hidden.shape
-    if not isinstance(theirs, Tensor) or given.get("position_embeddings") is None:
+    if given.get("position_embeddings") is None:
         return False
     place = Place(columns=0, length=n)
     layer = MaskedLayer(place, b, dtype=dtype, transposed=True, block=_COLUMNS)
@@ -42,11 +42,31 @@ def reproduces(module: Any, norms: Norms, dtype: torch.dtype, call: tuple[Any, A
     return bool((ours - theirs).abs().max() <= _TOLERANCE[dtype] * (theirs - hidden).abs().max())
 
 
-def follow_each_other(modules: Sequence[Any], calls: Mapping[Any, tuple[Any, Any, Any]]) -> bool:
-    """Whether each layer was given exactly what the one before it gave; `calls` as in `reproduces`."""
-    given = [call[0][0] if call[0] else call[1]["hidden_states"] for call in map(calls.__getitem__, modules)]
-    gave = [call[2][0] if isinstance(call[2], tuple) else call[2] for call in map(calls.__getitem__, modules)]
-    return all(torch.equal(*pair) for pair in zip(gave[:-1], given[1:], strict=True))
+def is_a_stack(trunk: Any, layers: Sequence[Any], calls: Mapping[Any, tuple[Any, Any, Any]]) -> bool:
+    """Whether a trunk was embeddings, these layers in turn and a norm, and nothing else; `calls` as in `reproduces`."""
+    names = {"embed_tokens", "layers", "norm", "rotary_emb"}
+    if set(trunk._modules) != names or list(trunk.layers) != list(layers) or not layers:
+        return False
+    passed = [trunk.embed_tokens, *layers, trunk.norm, trunk]
+    if any(module not in calls for module in passed):
+        return False
+    ids, positions = calls[trunk][1].get("input_ids"), calls[layers[0]][1].get("position_ids")
+    given = [calls[module][0][0] if calls[module][0] else calls[module][1]["hidden_states"] for module in passed[1:-1]]
+    gave = [_first(calls[module][2]) for module in passed]
+    angles = trunk.rotary_emb(gave[0], position_ids=positions)
+    used = [calls[layer][1].get("position_embeddings") for layer in layers]
+    return (
+        torch.equal(trunk.embed_tokens(ids), gave[0])
+        and all(torch.equal(*pair) for pair in zip(gave[:-2], given, strict=True))
+        and torch.equal(gave[-2], gave[-1])
+        and all(pair is not None and all(map(torch.equal, pair, angles)) for pair in used)
+    )
+
+
+def _first(output: Any) -> Tensor:
+    """The hidden states of what a module returned."""
+    found: Tensor = output if isinstance(output, Tensor) else output[0]
+    return found
 
 
 def _additive(mask: Tensor | None, b: int, n: int) -> Tensor:
