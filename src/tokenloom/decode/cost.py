@@ -20,10 +20,13 @@ import torch
 
 from tokenloom.decode.session import ROOT, Session
 
-SIZES = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 80, 112, 160, 224, 320, 448, 640)
+SIZES = (*range(17), 20, 24, 28, 32, 40, 48, 64, 80, 112, 160, 224, 320, 448, 640)
 """Numbers of nodes that are thought of."""
-_PROBED = (0, 1, 3, 7, 15, 31, 63)
+_PROBED = (0, 1, 3, 6, 9, 13, 17, 24, 32, 48, 63)
+"""Nodes that forwards are timed with: of all rows where rows may have trees of their own sizes, else of each."""
 _REPEATS = 2
+_SLOW = 0.05
+"""Seconds of a plain step from which on each size is timed once: accidents are small beside it then."""
 _DEAR = 3.0
 """Times a plain step: no drafts bring so many tokens a row that more is worth measuring."""
 _SHORTER, _LONGER = 0.3, 0.1
@@ -52,12 +55,15 @@ class CostCurve:
             least = min(least, probes[size])
             kept.append(least)
         self._forwards = kept[::-1]
-        self._beside = 0.0
-        self._besides: dict[int, float] = {}  # by place in SIZES
+        # What rounds take besides, without drafts and with some: one number for all sizes, for what tells theirs apart
+        # is mostly accident, and a size that seemed dear once would never be tried again.
+        self._besides = [0.0, 0.0]
+        self._known: set[int] = set()
 
     def for_fewer(self, rows: int) -> CostCurve:
         """The curve of a batch of fewer rows: a forward takes what one over as many tokens did."""
-        sizes = [rows * nodes for nodes in _PROBED]
+        # A size that was measured with more rows, and each that was.
+        sizes = {0, *(n + self.rows - rows for n in self._sizes)}
         return CostCurve({n: self.forward(max(rows + n - self.rows, 0)) for n in sizes}, rows=rows)
 
     def forward(self, nodes: float) -> float:
@@ -77,18 +83,17 @@ class CostCurve:
 
     def seconds(self, nodes: int) -> float:
         """Seconds of a whole round."""
-        return self.forward(nodes) + self._besides.get(_place(nodes), self._beside if nodes else 0.0)
+        return self.forward(nodes) + self._besides[nodes > 0]
 
     def knows(self, nodes: int) -> bool:
         """Whether rounds of about so many nodes were timed."""
-        return _place(nodes) in self._besides
+        return _place(nodes) in self._known
 
     def note(self, nodes: int, seconds: float) -> None:
         """A round took so long."""
         held = self.seconds(nodes)
-        if nodes:
-            self._beside = _followed(self._beside, max(seconds - self.forward(nodes), 0.0), self.forward(0))
-        self._besides[_place(nodes)] = _followed(held, seconds, held) - self.forward(nodes)
+        self._besides[nodes > 0] = _followed(held, seconds, held) - self.forward(nodes)
+        self._known.add(_place(nodes))
 
 
 def _place(nodes: int) -> int:
@@ -171,22 +176,32 @@ def curve_for(model: Any, session: Session, device: torch.device) -> CostCurve:
 
 def measure(session: Session, device: torch.device) -> CostCurve:
     """Time forwards of more and more nodes, until they cost some plain steps."""
-    probes: dict[int, float] = {}
-    last = [row[-1] for row in session.rows]
-    for nodes in _PROBED:
-        ids = torch.tensor(last)[:, None].repeat(1, 1 + nodes)
+    last = torch.tensor([row[-1] for row in session.rows])
+
+    def seconds(nodes: int) -> float:
+        # The nodes are dealt out to the rows where these need not be filled up, else each gets as many.
+        counts = [1 + (nodes + row) // len(last) for row in range(len(last))] if session.ragged else None
+        ids = last[:, None].repeat(1, 1 + nodes if counts is None else max(counts))
         parents = torch.full_like(ids, ROOT)
         parents[:, 1:] = 0
-        times = []
+        started = _now(device)
+        session.try_nodes(ids, parents, counts)
+        return _now(device) - started
+
+    times: dict[int, list[float]] = {}
+    for nodes in _PROBED:
         # The first call of a shape also chooses kernels.
-        for _ in range(_REPEATS):
-            started = _now(device)
-            session.try_nodes(ids, parents)
-            times.append(_now(device) - started)
-        probes[nodes * len(last)] = min(times)
-        if min(times) > _DEAR * probes[0]:
+        first = seconds(nodes)
+        slow = first > _SLOW and bool(times)
+        times[nodes] = [first] if slow else [seconds(nodes)]
+        if min(times[nodes]) > _DEAR * min(times[0]):
             break
-    return CostCurve(probes, rows=len(last))
+    # In turns, so that a moment in which the machine was slower is no size's own.
+    for _ in range(_REPEATS if min(times[0]) < _SLOW else 0):
+        for nodes, found in times.items():
+            found.append(seconds(nodes))
+    of_all = 1 if session.ragged else len(last)
+    return CostCurve({nodes * of_all: min(found) for nodes, found in times.items()}, rows=len(last))
 
 
 def _now(device: torch.device) -> float:

@@ -19,6 +19,8 @@ MOST = 80
 """Nodes of a tree."""
 _PAUSES = (8, 128)
 """Rounds without drafts before a few are tried again: at first, and at most."""
+_AFRESH = 4
+"""By how much a pause is shorter at the beginning of another call."""
 _LEARNED = 8
 """Of rounds in such a pause, each eighth is learned from by a drafter that can do without the others."""
 _LONG = 16
@@ -32,11 +34,22 @@ class Sizes:
     """Decides on the shapes of a round's drafts, and learns what they cost and brought."""
 
     def __init__(
-        self, run: Run, session: Session, drafter: Drafter, chances: Chances, fixed: Shape | None, nodes: int | None
+        self,
+        run: Run,
+        session: Session,
+        drafter: Drafter,
+        chances: Chances,
+        fixed: Shape | None,
+        nodes: int | None,
+        pauses: dict[int, int] | None = None,
     ) -> None:
+        """`pauses` remembers, from call to call, how long drafts were last left alone in batches of a size."""
         self._run, self._session, self._drafter, self._chances = run, session, drafter, chances
         self._fixed, self._nodes = fixed, nodes
-        self._pause, self._waited, self._drafted, self._turn = _PAUSES[0], 0, 0, 0
+        self._pauses, self._batch = {} if pauses is None else pauses, (len(run) - 1).bit_length()
+        # Other texts may be easier.
+        self._pause = max(self._pauses.get(self._batch, 0) // _AFRESH, _PAUSES[0])
+        self._waited, self._drafted, self._turn = 0, 0, 0
         self._curve: CostCurve | None = None
         self._measured = 0
         self._keys: list[int | None] = []
@@ -98,6 +111,7 @@ class Sizes:
         sizes = best_sizes(sums, curve.seconds, MOST, ragged=self._session.ragged, read=self._read)
         if any(sizes):
             self._pause, self._waited = _PAUSES[0], 0
+            self._pauses[self._batch] = self._pause
             self._drafted += 1
             return sizes
         # What is never drafted is never found to come true.
@@ -105,6 +119,7 @@ class Sizes:
         if self._waited < self._pause:
             return sizes
         self._pause, self._waited = min(2 * self._pause, _PAUSES[1]), 0
+        self._pauses[self._batch] = self._pause
         if not self._session.ragged:
             return [_TRIED] * rows
         # One row tells as much, and the others do not pay for it.

@@ -62,6 +62,7 @@ class Speculative(Loop):
         self._branching = min(own[0], allowed[0]), min(own[1], allowed[1])
         self._nodes = nodes
         self._chances = self._new_chances()
+        self._pauses: dict[int, int] = {}
 
     def rows(self, run: Run) -> list[list[int]]:
         """See `Loop`."""
@@ -74,7 +75,7 @@ class Speculative(Loop):
         fixed = self.drafter.fixed
         if fixed is not None and self._nodes is not None:
             fixed = fixed.first(self._nodes)
-        return Sizes(run, session, self.drafter, self._chances, fixed, self._nodes)
+        return Sizes(run, session, self.drafter, self._chances, fixed, self._nodes, self._pauses)
 
     def _new_chances(self) -> Chances:
         d = self.drafter
