@@ -43,8 +43,8 @@ Measurement = dict[str, Any]
 class Side:
     """One competitor: `call` names `module:function`, called with `settings` under the interpreter `python`.
 
-    `requires` are distributions that must be installed there, `install` says how to get them. `about` is what
-    the page says of it beside its name.
+    `requires` are distributions that must be installed there and `needs` a file or folder that must exist, `install`
+    says how to get them. `about` is what the page says of it beside its name.
     """
 
     name: str
@@ -55,6 +55,7 @@ class Side:
     python: str = sys.executable
     environment: Mapping[str, str] = field(default_factory=dict)
     about: str = ""
+    needs: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -244,6 +245,8 @@ def missing(side: Side) -> str:
     """Why a side cannot run here ("" when it can), with the remedy."""
     if not Path(side.python).is_file():
         return f"{side.name}: there is no interpreter {side.python}; {side.install}".rstrip("; ")
+    if side.needs is not None and not side.needs.exists():
+        return f"{side.name}: {side.install}"
     code = (
         "import sys; from importlib.metadata import distributions as d; "
         "have = {x.name.lower().replace('_', '-') for x in d() if x.name}; "

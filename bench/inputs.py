@@ -13,6 +13,10 @@ from tokenloom.policy.cache import build_once, cache_folder
 SMOLLM2 = "smollm2"
 """The built-in SmolLM2-135M-Instruct; `random-V` is a small random Llama with a vocabulary of V words."""
 
+STUDENT = cache_folder() / "bench" / "student-v1"
+"""Where `bench.student` keeps the draft model."""
+STUDENT_INSTALL = "no draft model yet; make it with: python -m bench.student (an hour of one core)"
+
 # Common words that SmolLM2's tokenizer writes as one token each, with the space before.
 _TEXT = (
     "the time and people of this world are in a way that makes them think about their work every day so we have to "

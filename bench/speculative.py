@@ -6,15 +6,16 @@ turn, as the papers have it. No token ends a response: every row writes exactly 
 prompts warms up.
 
 "plain" is Tokenloom's own loop of one token a forward. transformers' prompt look-up takes one row only; beside the
-batch stands its ordinary `generate`. The first `layers` layers of the model with its own head, not trained for it, are
-the draft model of assisted generation. bf16 means float32 weights under autocast for Tokenloom and bfloat16 weights
-for transformers, as in `bench.rollout`.
+batch stands its ordinary `generate`. The draft model, of ours and of transformers' assisted generation, is the student
+that `python -m bench.student` distills; what it is worth on held-out prompts stands beside it. bf16 means float32
+weights under autocast for Tokenloom and bfloat16 weights for transformers, as in `bench.rollout`.
 
 `accepted` is the number of drafted tokens accepted in a row's forward, `nodes` that of those drafted.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from contextlib import nullcontext
@@ -22,13 +23,12 @@ from typing import Any
 
 from bench.child import Turns
 from bench.harness import PEAK, Metric, Row, Side, Table, Target, main
-from bench.inputs import SMOLLM2, model_folder
+from bench.inputs import SMOLLM2, STUDENT, STUDENT_INSTALL, model_folder
 
 NEW_TOKENS = 256
 _WARM_TOKENS = 64
 _RUNS = 3
 _TEMPERATURE = 0.6
-_LAYERS = 10
 
 _NAMES = (
     "Anna",
@@ -73,13 +73,13 @@ def prompts(turn: int, count: int, same: bool) -> list[str]:
     return made * (count if same else 1)
 
 
-def tokenloom(turns: Turns, *, loop: str, precision: str, **settings: Any) -> None:
-    """A loop of Tokenloom by name."""
+def tokenloom(turns: Turns, *, loop: str, precision: str, draft: str = "", **settings: Any) -> None:
+    """A loop of Tokenloom by name, with a draft model if the folder of one is given."""
     import torch
 
     from tokenloom import decode
 
-    made = decode.loop(loop)
+    made = decode.loop(loop, **({"draft": _loaded(draft, "float32")} if draft else {}))
 
     def generate(model: Any, **given: Any) -> Any:
         casts = torch.autocast("cpu", torch.bfloat16) if precision == "bf16" else nullcontext()
@@ -97,37 +97,27 @@ def tokenloom(turns: Turns, *, loop: str, precision: str, **settings: Any) -> No
     _measure(turns, generate, counted, dtype="float32", **settings)
 
 
-def transformers(turns: Turns, *, how: str, precision: str, **settings: Any) -> None:
+def transformers(turns: Turns, *, how: str, precision: str, draft: str = "", **settings: Any) -> None:
     """`generate` of transformers: "plain", "look-up" or "assisted"."""
     import torch
 
+    dtype = "bfloat16" if precision == "bf16" else "float32"
     options: dict[str, Any] = {"prompt_lookup_num_tokens": 10} if how == "look-up" else {}
+    if how == "assisted":
+        options["assistant_model"] = _loaded(draft, dtype)
 
     def generate(model: Any, **given: Any) -> Any:
-        if how == "assisted" and not options:
-            options["assistant_model"] = _first_layers(model, _LAYERS)
         with torch.no_grad():
             return model.generate(**options, **given)
 
-    _measure(turns, generate, lambda rows: {}, dtype="bfloat16" if precision == "bf16" else "float32", **settings)
+    _measure(turns, generate, lambda rows: {}, dtype=dtype, **settings)
 
 
-def _first_layers(model: Any, count: int) -> Any:
-    """The model's first `count` layers under its own norm and head, which share its weights."""
-    import copy
+def _loaded(folder: str, dtype: str) -> Any:
+    import torch
+    from transformers import AutoModelForCausalLM
 
-    shallow = copy.copy(model)
-    shallow._modules = dict(model._modules)
-    trunk = copy.copy(model.model)
-    trunk._modules = dict(model.model._modules)
-    trunk._modules["layers"] = model.model.layers[:count]
-    shallow._modules["model"] = trunk
-    shallow.config = trunk.config = copy.deepcopy(model.config)
-    shallow.config.num_hidden_layers = count
-    if getattr(shallow.config, "layer_types", None):
-        shallow.config.layer_types = shallow.config.layer_types[:count]
-    shallow.generation_config = copy.deepcopy(model.generation_config)
-    return shallow
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype)).eval()
 
 
 def _measure(
@@ -142,10 +132,9 @@ def _measure(
     sample: bool,
     new_tokens: int,
 ) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import AutoTokenizer, set_seed
 
-    causal: Any = AutoModelForCausalLM.from_pretrained(model, dtype=getattr(torch, dtype)).eval()
+    causal = _loaded(model, dtype)
     causal.generation_config.eos_token_id = None
     tokenizer = AutoTokenizer.from_pretrained(model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -178,22 +167,37 @@ def rows(quick: bool) -> list[Row]:
             "new_tokens": new_tokens,
             "precision": "bf16",
         }
-        peers = ("look-up", "assisted", "plain") if count == 1 else ("plain",)
-        sides = (
-            Side("Token Recycling", "bench.speculative:tokenloom", {**shared, "loop": "token-recycling"}),
-            Side("STAND", "bench.speculative:tokenloom", {**shared, "loop": "stand"}),
-            Side("plain", "bench.speculative:tokenloom", {**shared, "loop": "plain"}),
-            *(
-                Side(
-                    f"transformers, {how}", "bench.speculative:transformers", {**shared, "how": how}, ("transformers",)
-                )
-                for how in peers
-            ),
-        )
+        ours, theirs = "bench.speculative:tokenloom", "bench.speculative:transformers"
+        made_by = {"requires": ("transformers",), "install": STUDENT_INSTALL, "needs": STUDENT, "about": _worth()}
+        drafted = {**shared, "draft": str(STUDENT)}
+        sides = [
+            Side("Token Recycling", ours, {**shared, "loop": "token-recycling"}),
+            Side("STAND", ours, {**shared, "loop": "stand"}),
+            Side("draft model", ours, {**drafted, "loop": "speculative-sampling"}, **made_by),
+            Side("plain", ours, {**shared, "loop": "plain"}),
+            Side("transformers, plain", theirs, {**shared, "how": "plain"}, ("transformers",)),
+        ]
+        if count == 1:
+            sides += [
+                Side("transformers, look-up", theirs, {**shared, "how": "look-up"}, ("transformers",)),
+                Side("transformers, assisted", theirs, {**drafted, "how": "assisted"}, **made_by),
+            ]
         label = f"{count} {'row' if count == 1 else 'rows'}, {'sampled' if sample else 'greedy'}"
-        wanted = 1.8 if count == 1 and not sample else 1.0
-        made.append(Row(label, sides, runs=_RUNS, targets=(Target("tokens_per_second", "plain", at_least=wanted),)))
+        target = Target("tokens_per_second", "plain", at_least=1.8 if count == 1 and not sample else 1.0)
+        made.append(Row(label, tuple(sides), runs=_RUNS, targets=(target,)))
     return made
+
+
+def _worth() -> str:
+    """What the student is worth on held-out prompts."""
+    path = STUDENT / "quality.json"
+    if not path.is_file():
+        return ""
+    quality = json.loads(path.read_text(encoding="utf-8"))
+    return (
+        f"{len(quality['layers'])} layers; on held-out prompts KL {quality['kl']:.2f} nats, "
+        f"{quality['acceptance']:.0%} of drafts accepted at temperature 1"
+    )
 
 
 TABLE = Table(

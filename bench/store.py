@@ -112,8 +112,11 @@ def save(results: Mapping[str, Any], folder: Path = RESULTS) -> None:
 
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
+    if not cpuinfo.is_file():
+        return platform.processor() or "unknown"
+    first = cpuinfo.read_text(encoding="utf-8", errors="replace").partition("\n\n")[0]
+    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in first.splitlines())}
+    name = fields.get("model name", "unknown")
+    # A name without a number, as virtual machines have it, stands for processors of quite different speed.
+    which = [f"{key.removeprefix('cpu ')} {fields[key]}" for key in ("cpu family", "model") if key in fields]
+    return f"{name} ({', '.join(which)})" if which else name

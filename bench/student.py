@@ -8,27 +8,18 @@ is kept in the cache folder; an interrupted call goes on when it is repeated.
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
-from bench.inputs import SMOLLM2, model_folder
+from bench.inputs import SMOLLM2, STUDENT, model_folder
 from bench.speculative import prompts
 from tokenloom.cli.distill import built_in_prompts
 from tokenloom.cli.fit_progress import fit_progress
 from tokenloom.cli.prompts import encoded
-from tokenloom.decode.pair_quality import QUALITY_FILE, Quality
+from tokenloom.decode.pair_quality import Quality
 from tokenloom.decode.student import Settings, distill
 from tokenloom.policy import ModelConfig, Policy
-from tokenloom.policy.cache import cache_folder
 
-FOLDER = cache_folder() / "bench" / "student-v1"
-INSTALL = "no student yet; make it with: python -m bench.student (an hour of one core)"
 SETTINGS = Settings(layers=6, tokens=120_000)
 _FIRST_TURN = 10_000  # of exercises; benchmarks measure turns far below
-
-
-def quality() -> Quality | None:
-    """What the student is worth on held-out prompts; None when there is no student yet."""
-    return Quality.load(FOLDER) if (FOLDER / QUALITY_FILE).is_file() else None
 
 
 def make() -> Quality:
@@ -39,10 +30,10 @@ def make() -> Quality:
     instructions = built_in_prompts()
     exercises = [text for turn in range(len(instructions)) for text in prompts(_FIRST_TURN + turn, 1, same=True)]
     ids = [*encoded(policy, instructions), *encoded(policy, exercises, raw=True)]
-    FOLDER.parent.mkdir(parents=True, exist_ok=True)
+    STUDENT.parent.mkdir(parents=True, exist_ok=True)
     with fit_progress(Console(stderr=True)) as report:
-        return distill(policy, ids, FOLDER, SETTINGS, name="smollm2-135m-instruct", report=report)
+        return distill(policy, ids, STUDENT, SETTINGS, name="smollm2-135m-instruct", report=report)
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{make().line()}\n{Path(FOLDER)}\n")
+    sys.stdout.write(f"{make().line()}\n{STUDENT}\n")

@@ -74,7 +74,8 @@ def test_models_train_as_with_their_own_code(name: str, settings: Any) -> None:
     norms = [m for m in lean.causal.modules() if type(m).__name__.endswith("RMSNorm")]
     gates = [m for m in lean.causal.modules() if hasattr(m, "gate_proj")]
     # Gemma's gate is another function.
-    assert {m for m, _ in lean._lean_forms} == {*norms, *(gates if name != "gemma3" else ())}
+    tables = [m for m in lean.causal.modules() if type(m) is nn.Embedding]  # Gemma's is scaled
+    assert {m for m, _ in lean._lean_forms} == {*norms, *tables, *(gates if name != "gemma3" else ())}
     assert not any("forward" in m.__dict__ for m in (*norms, *gates))
     half = bool(settings.keys() & {"autocast", "dtype"})
     torch.testing.assert_close(found, expected, rtol=0, atol=2e-2 if half else 1e-5)

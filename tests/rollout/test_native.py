@@ -357,8 +357,9 @@ def test_columns_move_one_after_another(dtype: torch.dtype) -> None:
     assert not move([lying], source, target)
 
 
-def test_room_for_weights_is_nobody_elses() -> None:
-    space = Space()
+@pytest.mark.parametrize("in_chunks", [False, True])
+def test_room_for_weights_is_nobody_elses(in_chunks: bool) -> None:
+    space = Space(in_chunks=in_chunks)
     taken = [space.take(count) for count in (64, 40 << 20, 96, 32)]
     for value, part in enumerate(taken):
         assert part.data_ptr() % 64 == 0

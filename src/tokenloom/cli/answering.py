@@ -96,7 +96,7 @@ class Sampled(Answers):
         from tokenloom.rollout.forward import base_model
         from tokenloom.rollout.lean import lean_modules
 
-        with sampling_mode(self.policy), lean_modules(base_model(self.policy.model)):
+        with sampling_mode(self.policy), lean_modules(base_model(self.policy.model), in_chunks=True):
             yield
 
     def lines(self, begin: int, report: Report, show: Show | None) -> list[dict[str, Any]]:

@@ -76,7 +76,7 @@ def _find_lean_forms(causal: nn.Module) -> None:
     training = [m for m in causal.modules() if m.training]
     causal.eval()
     try:
-        with torch.no_grad(), lean_modules(causal):
+        with torch.no_grad(), lean_modules(causal, in_chunks=True):
             _found.add(causal)
     finally:
         for module in training:

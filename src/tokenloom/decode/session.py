@@ -281,7 +281,7 @@ def open_session(model: Any, prompts: Sequence[Sequence[int]], **model_options: 
         if model_options:
             yield ModelSession(model, prompts, **model_options)
         else:
-            with lean_modules(base_model(model)) as lean:
+            with lean_modules(base_model(model), in_chunks=True) as lean:
                 yield ModelSession(model, prompts, lean=lean)
 
 

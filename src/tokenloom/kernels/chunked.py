@@ -114,18 +114,24 @@ class Chunked:
         return Sums(m, total, spread, chosen, top)
 
     def gradients(
-        self, of: RowGradients, rows: Tensor, tokens: Tensor, values: Tensor, needed: tuple[bool, bool, bool]
+        self,
+        of: RowGradients,
+        rows: Tensor,
+        tokens: Tensor,
+        values: Tensor,
+        needed: tuple[bool, bool, bool],
+        into: Tensor | None = None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """The backward: gradients of hidden [M, D] (in `form.math`), weight and bias (in their own formats).
 
         `values` [n] are the whole gradients of the products at the distinct pairs `rows`, `tokens` [n], where
-        `of` alone does not give them.
+        `of` alone does not give them. That of the weight is added to `into`, if there is one, and not returned.
         """
         math, product = self.form.math, self.form.product
         # Every word of weight and bias is written; without rows there is nothing to write.
         new = torch.empty_like if len(self.hidden) else torch.zeros_like
         hidden = torch.zeros(self.hidden.shape, dtype=math, device=self.hidden.device) if needed[0] else None
-        weight = new(self.weight) if needed[1] else None
+        weight = (new(self.weight) if into is None else into) if needed[1] else None
         bias = new(self.bias) if self.bias is not None and needed[2] else None
         # A sum over rows that would be rounded at every tile is taken over all rows at once, by the product itself.
         given = (self.weight,) if self.bias is None else (self.weight, self.bias)
@@ -144,11 +150,11 @@ class Chunked:
                 continue
             first = at_once or here.start == 0
             if weight is not None:
-                add_product(weight[words], slopes.t(), strip, self._scratch, overwrite=first)
+                add_product(weight[words], slopes.t(), strip, self._scratch, overwrite=first and into is None)
             if bias is not None:
                 column = slopes.sum(0, dtype=math)
                 bias[words] = column if first else bias[words] + column
-        return hidden, weight, bias
+        return hidden, weight if into is None else None, bias
 
     # -- one tile ------------------------------------------------------------------------------
 

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tokenloom.kernels import vocab_parallel
+from tokenloom.kernels.accumulation import accumulator
 from tokenloom.kernels.backend import Call, engine
 from tokenloom.kernels.logit_form import LogitForm
 from tokenloom.kernels.pairs import Pairs, live_rows
@@ -177,7 +178,8 @@ class _LinearLogprobs(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             rows, tokens, values = pairs.rows, pairs.tokens - call.offset, pairs.of_products(of, call.form)
             live = hidden if whole else hidden[at]
-            grads = engine(call, live, weight, bias).gradients(of, rows, tokens, values, needed)
+            into = accumulator(weight) if needed[1] else None
+            grads = engine(call, live, weight, bias).gradients(of, rows, tokens, values, needed, into)
             of_hidden = grads[0]
             if of_hidden is not None and not whole:
                 of_hidden = of_hidden.new_zeros(hidden.shape).index_copy_(0, at, of_hidden)

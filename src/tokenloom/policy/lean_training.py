@@ -9,6 +9,7 @@ Autograd keeps the input of every elementwise step. Written as one function each
 
 and what is not kept is computed again. Under autocast the two products that read a gated MLP's input share one cast
 of it. With float32 weights of width d and an inner width f, that is 10 d + 2 f bytes a token and layer in bf16.
+Embeddings add their gradient to `.grad` themselves (see `kernels.accumulation`).
 
 Products stay with the modules' own linear layers, so adapters and hooks on them act as ever. A form stands in for a
 module's `forward` only while signals with gradient are taken, and only where it reproduced what the module gave in a
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from tokenloom.kernels.accumulation import accumulator
 from tokenloom.policy.own_logits import run_trunk, trunk_of
 
 Form = Callable[[Tensor], Tensor]
@@ -110,6 +112,30 @@ class _Cast(torch.autograd.Function):
         return first.to(ctx.dtype).add_(second), None
 
 
+class _Embedding(torch.autograd.Function):
+    """Rows of a table; that of padding is never learned."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, padding: int) -> Tensor:
+        ctx.save_for_backward(ids, weight)
+        ctx.padding = padding
+        return nn.functional.embedding(ids, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor | None, None]:
+        ids, weight = ctx.saved_tensors
+        total = accumulator(weight) if ctx.needs_input_grad[1] else None
+        if total is None:
+            dense = torch.ops.aten.embedding_dense_backward
+            return None, dense(grad, ids, len(weight), ctx.padding, False) if ctx.needs_input_grad[1] else None, None
+        ids, grad = ids.flatten(), grad.flatten(0, -2)
+        if ctx.padding >= 0:
+            grad = grad.masked_fill((ids == ctx.padding)[:, None], 0.0)
+        total.index_add_(0, ids, grad.to(total.dtype))
+        return None, None, None
+
+
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
@@ -139,11 +165,19 @@ def _gated_mlp(module: Any) -> Form:
     return forward
 
 
+def _embedding(module: Any) -> Form:
+    padding = -1 if module.padding_idx is None else module.padding_idx
+    return lambda ids: _Embedding.apply(ids, module.weight, padding)  # type: ignore[no-untyped-call]
+
+
 def _candidates(module: Any) -> list[Make]:
     """The forms that a module's parts suggest; none for a module whose forward somebody has replaced."""
     own = module.__dict__.get("forward")
     if own is not None and own != type(module).forward.__get__(module):
         return []
+    if type(module) is nn.Embedding:
+        plain = module.max_norm is None and not module.sparse and not module.scale_grad_by_freq
+        return [_embedding] if plain else []
     children, parameters = set(module._modules), set(module._parameters)
     if not children and parameters == {"weight"} and _eps(module) is not None:
         # Hugging Face's norms compute in float32 even in a float64 model; that is left to them.

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenloom.batch import Rollouts
+from tokenloom.kernels.accumulation import accumulating
 from tokenloom.policy import loading, lora
 from tokenloom.policy.attention_signals import run_attention_signals
 from tokenloom.policy.chat import encode_prompt, end_ids, padding_id
@@ -244,7 +245,8 @@ class Policy:
         """
         if not loss.requires_grad:
             raise ValueError("the loss carries no gradient: compute it from policy.signals(rollouts, needs, grad=True)")
-        loss.backward()  # type: ignore[no-untyped-call]  # torch's method is not annotated
+        with accumulating():
+            loss.backward()  # type: ignore[no-untyped-call]  # torch's method is not annotated
 
     def prepare(self, needs: Sequence[str]) -> None:
         """Make ready what `needs` will take: checks the names and freezes the reference model now.

@@ -62,18 +62,19 @@ _leaned: WeakKeyDictionary[nn.Module, _Leaned] = WeakKeyDictionary()
 
 
 @contextmanager
-def lean_modules(causal: Any) -> Iterator[Lean]:
+def lean_modules(causal: Any, *, in_chunks: bool = False) -> Iterator[Lean]:
     """While it lasts, `causal` runs on lean forms where they fit, and on `product` in all other linear layers.
 
     Yields what is lean. The caller holds `contexts.sampling_mode`; weights must not change.
     On other devices than the CPU nothing is replaced. Several may hold it at once and let go in any order.
+    `in_chunks`: where weights are laid out anew, see `native.weights.Space`.
     """
     if next(causal.parameters()).device.type != "cpu":
         yield Lean()
         return
     held = _leaned.get(causal)
     if held is None:
-        held = _leaned[causal] = _lean(causal)
+        held = _leaned[causal] = _lean(causal, Space(in_chunks=in_chunks))
     held.users += 1
     try:
         yield held.lean
@@ -85,7 +86,7 @@ def lean_modules(causal: Any) -> Iterator[Lean]:
 
 
 @torch.no_grad()
-def _lean(causal: Any) -> _Leaned:
+def _lean(causal: Any, space: Space) -> _Leaned:
     if causal not in _fitting:
         _fitting[causal] = _forms_that_fit(causal)
     # What fitted may have been changed since: another number format, other attention.
@@ -93,7 +94,7 @@ def _lean(causal: Any) -> _Leaned:
     with ExitStack() as stack:
         covered: set[nn.Module] = set()
         count = 0
-        for module, form in _compiled(causal, dict(forms)):
+        for module, form in _compiled(causal, dict(forms), space):
             stack.enter_context(_replaced(module, form))
             covered.update(module.modules())
             count += isinstance(form, compiled.CompiledLayer)
@@ -273,7 +274,7 @@ def _calls(causal: Any, wanted: Callable[[nn.Module], bool]) -> dict[nn.Module, 
     return calls
 
 
-def _compiled(causal: Any, makes: dict[nn.Module, Make]) -> Iterator[tuple[nn.Module, Form]]:
+def _compiled(causal: Any, makes: dict[nn.Module, Make], space: Space) -> Iterator[tuple[nn.Module, Form]]:
     """Layers that are compiled code here, and with them the trunk that they make up and the head."""
     dtype = compiled.format_here()
     if dtype is None:
@@ -289,7 +290,6 @@ def _compiled(causal: Any, makes: dict[nn.Module, Make]) -> Iterator[tuple[nn.Mo
         layers = [m for m in layers if m in calls and reproduces(m, norms, dtype, calls[m])]
         known[dtype] = layers, type(calls[trunk][2]) if is_a_stack(trunk, layers, calls) else None
     layers, output = known[dtype]
-    space = Space()
     made = [
         (module, compiled.CompiledLayer(module, norms, dtype, type(module).forward.__get__(module), space))
         for module in layers

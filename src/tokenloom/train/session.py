@@ -57,10 +57,11 @@ class Session:
             self.verifier.__enter__()
             self.observer.message(f"loading the model {self.recipe.model.name}")
             device = pick_device(None)
-            if device.type == "cpu":
-                keep_freed_memory()
             seed = derive(self.recipe.train.seed, "adapters")
             policy = Policy.load(config=self.recipe.model, device=device, seed=seed)
+            if device.type == "cpu":
+                # Not before: what loading frees would lie below the optimizer's state for good.
+                keep_freed_memory()
             self.trainer = Trainer(self.recipe, self.run, policy, task, self.verifier, self.observer)
             if self.resume:
                 step = self.trainer.restore()

@@ -26,13 +26,19 @@ class Weight(ctypes.Structure):
 
 
 class Space:
-    """Room for bfloat16 numbers in a few large pieces: to lay weights out in fresh small pages takes thrice as long."""
+    """Room for bfloat16 numbers: piece by piece, or `in_chunks` of large pages.
 
-    def __init__(self) -> None:
-        self._left = torch.empty(0, dtype=torch.bfloat16)
+    Chunks are for fresh memory, whose small pages it takes thrice as long to write to first. Where a process keeps what
+    it frees, as training does, pieces fit into holes that chunks do not.
+    """
+
+    def __init__(self, *, in_chunks: bool = False) -> None:
+        self._in_chunks, self._left = in_chunks, torch.empty(0, dtype=torch.bfloat16)
 
     def take(self, count: int) -> Tensor:
         """`count` numbers, a multiple of 32, of any value."""
+        if not self._in_chunks:
+            return torch.empty(count, dtype=torch.bfloat16)
         if count > len(self._left):
             self._left = torch.empty(max(count, _CHUNK) + _LARGE // 2, dtype=torch.bfloat16)
             begin = -self._left.data_ptr() % _LARGE // 2
