@@ -24,9 +24,8 @@ SIZES = (*range(17), 20, 24, 28, 32, 40, 48, 64, 80, 112, 160, 224, 320, 448, 64
 """Numbers of nodes that are thought of."""
 _PROBED = (0, 1, 3, 6, 9, 13, 17, 24, 32, 48, 63)
 """Nodes that forwards are timed with: of all rows where rows may have trees of their own sizes, else of each."""
-_REPEATS = 2
 _SLOW = 0.05
-"""Seconds of a plain step from which on each size is timed once: accidents are small beside it then."""
+"""Seconds of a plain step from which on each size is timed once, not twice: accidents are small beside it then."""
 _DEAR = 3.0
 """Times a plain step: no drafts bring so many tokens a row that more is worth measuring."""
 _SHORTER, _LONGER = 0.3, 0.1
@@ -190,14 +189,15 @@ def measure(session: Session, device: torch.device) -> CostCurve:
 
     times: dict[int, list[float]] = {}
     for nodes in _PROBED:
-        # The first call of a shape also chooses kernels.
-        first = seconds(nodes)
-        slow = first > _SLOW and bool(times)
-        times[nodes] = [first] if slow else [seconds(nodes)]
-        if min(times[nodes]) > _DEAR * min(times[0]):
+        found = times[nodes] = [seconds(nodes)]
+        slow = found[0] > _SLOW and len(times) > 1
+        if not slow and (len(times) == 1 or found[0] > _DEAR * min(times[0])):
+            # The first call of a shape may also have chosen kernels.
+            found.append(seconds(nodes))
+        if min(found) > _DEAR * min(times[0]):
             break
-    # In turns, so that a moment in which the machine was slower is no size's own.
-    for _ in range(_REPEATS if min(times[0]) < _SLOW else 0):
+    if min(times[0]) < _SLOW:
+        # In turns, so that a moment in which the machine was slower is no size's own.
         for nodes, found in times.items():
             found.append(seconds(nodes))
     of_all = 1 if session.ragged else len(last)
