@@ -76,12 +76,13 @@ def test_only_layers_and_the_final_norm_train() -> None:
         assert any("norm" in n or "ln_f" in n for n in names - {n for n in names if ".layers." in n or ".h." in n})
 
 
-def test_the_gradient_through_chunks_is_that_of_the_mean_divergence() -> None:
+def test_the_gradient_through_chunks_is_that_of_the_mean_divergence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_SCORES", 4 * 64)
     policy, small = teacher(), slim(teacher().model, [0, 3])
     g = torch.Generator().manual_seed(0)
     rows = [Sampled([3, 4], [5] * n, torch.randn(n, 16, generator=g)) for n in (3, 1, 5)]
     hidden = torch.randn(9, 16, generator=g, requires_grad=True)
-    teach, learn = LogprobHead(policy.model, chunk_rows=4), LogprobHead(small)
+    teach, learn = LogprobHead(policy.model), LogprobHead(small)
     loss, gradient = module._head_gradient(teach, learn, rows, hidden, policy)
     p = (torch.cat([r.states for r in rows]) @ policy.model.lm_head.weight.T).log_softmax(-1)
     q = (hidden @ small.lm_head.weight.T).log_softmax(-1)

@@ -126,14 +126,6 @@ def round_tokens(log_ratios: Sequence[Tensor], drafts: int) -> float:
     return 1 + float(torch.cat(chances).mean()) if chances else float("nan")
 
 
-def chunked_kl(teach: LogprobHead, learn: LogprobHead, given: Tensor, own: Tensor) -> Tensor:
-    """KL [N] of the teacher's law over the student's, from last hidden states [N, D] of both; [N, V] exists."""
-    with torch.no_grad():
-        p = teach.logits(given).log_softmax(-1)
-    q = learn.logits(own).log_softmax(-1)
-    return torch.nn.functional.kl_div(q, p, reduction="none", log_target=True).sum(-1)
-
-
 def _compared(
     teach: LogprobHead, learn: LogprobHead, given: Tensor, own: Tensor, response: Sequence[int]
 ) -> tuple[Tensor, Tensor]:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from tokenloom.decode.hidden_states import padded
 from tokenloom.decode.layers import decoder_layers
-from tokenloom.decode.pair_quality import QUALITY_FILE, Quality, chunked_kl, measure
+from tokenloom.decode.pair_quality import QUALITY_FILE, Quality, measure
 from tokenloom.decode.student_samples import Sampled, Samples, collect
 from tokenloom.policy.head import LogprobHead
 from tokenloom.policy.lean_training import forms_that_fit, lean_training
@@ -45,6 +45,9 @@ WORK = "unfinished"
 """The folder inside the student's that holds samples and the state of training until it is done."""
 _SAVE_SECONDS = 60.0
 _WARMUP = 0.05
+_SCORES = 2**21
+"""Scores at a time, so that a cache holds them."""
+_NEVER = -1e4
 
 Report = Callable[[str, int, int, int, float | None], None]
 """Called with the stage, what is done of it and in all, the tokens of this call so far, and the loss, if any."""
@@ -232,18 +235,26 @@ def _predicting(trunk: nn.Module, rows: Sequence[Sampled], device: torch.device)
 def _head_gradient(
     teach: LogprobHead, learn: LogprobHead, rows: Sequence[Sampled], hidden: Tensor, policy: Any
 ) -> tuple[float, Tensor]:
-    """The mean loss of the rows' tokens and its gradient [N, D] at `hidden` [N, D]; [chunk, V] exists at a time."""
+    """The mean loss of the rows' tokens and its gradient [N, D] at `hidden` [N, D].
+
+    At the student's logits it is (q - p) / N. Few rows [., V] exist at a time: they are read again and again.
+    """
     target = torch.cat([row.states for row in rows]).to(policy.device)
     gradient, total = torch.empty_like(hidden), 0.0
-    size = teach.chunk_rows
+    size = max(1, _SCORES // int(policy.causal.config.get_text_config(decoder=True).vocab_size))
     for begin in range(0, len(hidden), size):
         part = hidden[begin : begin + size].detach().requires_grad_()
         with policy.autocast():
-            loss = chunked_kl(teach, learn, target[begin : begin + size], part).sum() / len(hidden)
-        loss.backward()  # type: ignore[no-untyped-call]  # PyTorch's has no annotations
+            scores = learn.logits(part)
+            with torch.no_grad():
+                laws = teach.logits(target[begin : begin + size])
+        # What both rule out has chance 0 times a finite number.
+        p, q = (x.detach().log_softmax(-1).clamp_(min=_NEVER) for x in (laws, scores))
+        chances = p.exp()
+        total += float(torch.linalg.vecdot(chances, p.sub_(q)).sum()) / len(hidden)
+        scores.backward(q.exp_().sub_(chances).div_(len(hidden)))  # type: ignore[no-untyped-call]
         assert part.grad is not None
         gradient[begin : begin + size] = part.grad
-        total += float(loss.detach())
     return total, gradient
 
 
