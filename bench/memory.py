@@ -2,8 +2,8 @@
 
 4 prompts × 8 responses of 60 + 32 tokens, and 512 + 32; bf16 autocast over float32 weights. Every configuration runs
 in processes of its own, two steps each: the first one is no measure, since moments may appear only then. What saves
-memory for little time, and what saves most, is compared with TRL, which with the whole batch at once is as fast as with
-a part of it and takes more memory; with long prompts only a part fits.
+memory for little time, and what saves most, is compared with TRL's whole batch at once, as
+`per_device_train_batch_size=32` asks it; with long prompts with as many rows at once as are fastest for TRL.
 """
 
 from __future__ import annotations
