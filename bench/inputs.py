@@ -15,7 +15,7 @@ SMOLLM2 = "smollm2"
 
 STUDENT = cache_folder() / "bench" / "student-v1"
 """Where `bench.student` keeps the draft model."""
-STUDENT_INSTALL = "no draft model yet; make it with: python -m bench.student (an hour of one core)"
+STUDENT_INSTALL = "no draft model yet; make it with: python -m bench.student (half an hour on two cores)"
 
 # Common words that SmolLM2's tokenizer writes as one token each, with the space before.
 _TEXT = (

@@ -1,4 +1,4 @@
-"""The shallow student that draft-model rows need: `python -m bench.student` makes it, in about an hour of one core.
+"""The shallow student that draft-model rows need: `python -m bench.student` makes it, in half an hour on two cores.
 
 Six of SmolLM2's layers, distilled on its own samples as `tokenloom distill` does it; half of the prompts are the
 built-in instructions, half exercises such as `bench.speculative` decodes, none of which is among those measured. It

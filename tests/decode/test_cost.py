@@ -42,6 +42,15 @@ def test_a_smaller_batch_takes_what_as_many_tokens_took() -> None:
     assert curve.forward(31) == pytest.approx(4.5)
 
 
+def test_an_estimate_that_was_too_long_for_large_trees_does_not_end_below_zero() -> None:
+    curve = CostCurve({0: 0.020, 1: 0.021, 3: 0.022, 6: 0.024, 63: 0.060})
+    for nodes, times in ((63, 30), (2, 60)):
+        for _ in range(times):
+            curve.note(nodes, 0.020 + 0.00024 * nodes)
+    assert 0.015 < curve.seconds(2) < 0.03
+    assert best_sizes([[float(n) for n in range(65)]], curve.seconds, 64, ragged=True)[0] > 30
+
+
 def test_accidents_count_little() -> None:
     curve = CostCurve({0: 1.0, 7: 1.2})
     curve.note(0, 100.0)

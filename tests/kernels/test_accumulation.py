@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,7 +15,7 @@ from full_logits import ragged_rollouts
 from tiny_models import tiny_llama
 from tokenloom.kernels import linear_logprobs
 from tokenloom.kernels.accumulation import accumulating, accumulator
-from tokenloom.policy import ModelConfig, Policy
+from tokenloom.policy import ModelConfig, Policy, lean_training
 from tokenloom.policy.lean_training import _Embedding
 
 
@@ -45,14 +47,20 @@ def test_what_is_added_is_what_autograd_adds(cast: bool) -> None:
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-5 if cast else 1e-12, atol=1e-6 if cast else 1e-14)
 
 
-def test_no_copy_of_the_gradient_is_made() -> None:
+def test_autograd_is_handed_nothing() -> None:
+    """Of the weight's gradient, within the context and in the thread that opened it; others get theirs."""
     weight, hidden, targets = problem()
-    weight.grad = torch.ones_like(weight)
-    held = weight.grad
     with accumulating():
-        total(weight, hidden, targets).backward()
-    assert weight.grad is held
-    assert not torch.equal(held, torch.ones_like(held))
+        found = torch.autograd.grad(total(weight, hidden, targets), weight, allow_unused=True)
+        assert found == (None,)
+        assert weight.grad is not None
+        held, weight.grad = weight.grad, None
+        with ThreadPoolExecutor(1) as other:
+            (elsewhere,) = other.submit(
+                lambda: torch.autograd.grad(total(weight, hidden, targets), weight)
+            ).result()  # fmt: skip
+    assert weight.grad is None
+    torch.testing.assert_close(held, elsewhere)
 
 
 def test_whoever_wants_to_see_a_gradient_is_given_it() -> None:
@@ -99,8 +107,18 @@ def test_embeddings(padding: int) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True}, {"lora": {"rank": 2}}], ids=str)
-def test_a_policy_with_tied_embeddings_learns_the_same(settings: dict[str, Any]) -> None:
-    grads = []
+def test_a_policy_with_tied_embeddings_learns_the_same(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grads, given = [], list[bool]()
+
+    def noted(weight: Tensor) -> Tensor | None:
+        found = accumulator(weight)
+        given.append(found is not None)
+        return found
+
+    for module in (lean_training, sys.modules[linear_logprobs.__module__]):
+        monkeypatch.setattr(module, "accumulator", noted)
     for directly in (False, True):
         policy = Policy(tiny_llama(tie_word_embeddings=True), config=ModelConfig(**settings))
         for _ in range(2):
@@ -110,6 +128,10 @@ def test_a_policy_with_tied_embeddings_learns_the_same(settings: dict[str, Any])
                 policy.backward(loss)
             else:
                 loss.backward()
+        frozen = "lora" in settings
+        # Twice by the head and twice by the embedding, of weights that learn.
+        assert given == ([] if frozen else [directly] * 4)
+        given.clear()
         grads.append({name: p.grad for name, p in policy.model.named_parameters() if p.grad is not None})
     assert grads[0].keys() == grads[1].keys()
     assert grads[0]

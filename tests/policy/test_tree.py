@@ -278,12 +278,15 @@ def test_micro_batches_cover_live_rows_once_and_keep_groups_together() -> None:
 
 
 def test_micro_batches_are_as_even_as_they_can_be() -> None:
-    """Four groups of 2 x 5 tokens behind a prompt of 10: where three fit, two go together, not three and one."""
+    """Four groups of 2 x 5 tokens behind a prompt of 10: where three fit, two go together, not three and one.
+
+    All 80 go together where a budget is short of them by no more than a tenth of itself.
+    """
     policy = Policy(tiny_llama(), config=small())
     prompts = [torch.arange(10) + 10 * g for g in range(4)]
     rows = [(prompts[g], torch.arange(6) + 7 * i) for g in range(4) for i in range(2)]
     rollouts = Rollouts.build([p for p, _ in rows], [r for _, r in rows], [g for g in range(4) for _ in range(2)])
-    for budget, sizes in ((20, [2] * 4), (40, [4] * 2), (60, [4] * 2), (79, [4] * 2), (80, [8])):
+    for budget, sizes in ((20, [2] * 4), (40, [4] * 2), (60, [4] * 2), (72, [4] * 2), (73, [8]), (80, [8])):
         assert sorted(len(part) for part in policy.micro_batches(rollouts, budget)) == sizes
 
 

@@ -243,6 +243,65 @@ def test_a_trunk_that_does_more_than_its_layers_is_not_one_call(monkeypatch: pyt
             assert truth.near(session.start()[0], [5, 7, 9])
 
 
+def test_parts_that_are_exchanged_during_a_session_count() -> None:
+    """The norm, a layer, the number of layers: what the model would give now, it gives."""
+
+    def norm(model: Any) -> None:
+        model.model.norm = nn.Identity()
+
+    def layer(model: Any) -> None:
+        model.model.layers[1] = copy.deepcopy(model.model.layers[0])
+
+    def fewer(model: Any) -> None:
+        model.config.num_hidden_layers = 2
+
+    for change in (norm, layer, fewer):
+        model = model_of("llama")
+        with open_session(model, [[5, 7]]) as session:
+            before = session.start()
+            change(model)
+            session.crop([1])
+            after = session.extend([[7]])
+        assert not torch.allclose(before, after, atol=1e-3)
+
+
+def test_a_last_norm_whose_weight_does_not_lie_in_one_piece() -> None:
+    model = model_of("llama")
+    model.model.norm.weight = nn.Parameter(torch.rand(128, generator=torch.Generator().manual_seed(0))[::2])
+    truth = Truth(model)
+    with open_session(model, [[5, 7]]) as session:
+        assert "forward" in model.model.__dict__
+        assert truth.near(session.start()[0], [5, 7])
+
+
+def test_rotary_positions_that_take_other_arguments_are_left_to_the_model() -> None:
+    model = model_of("llama")
+    forward, inside = model.model.rotary_emb.forward, list[bool]()
+
+    def asked(*args: Any, **given: Any) -> Any:
+        if not inside:
+            raise TypeError("missing 1 required argument: 'layer_type'")
+        return forward(*args, **given)
+
+    model.model.rotary_emb.forward = asked
+    model.model.register_forward_pre_hook(lambda *_: inside.append(True))
+    model.model.register_forward_hook(lambda *_: inside.pop() and None)
+    with open_session(model, [[5, 7]]) as session:
+        assert session.start().isfinite().all()
+
+
+def test_tokens_are_embedded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where more of them come than compiled code is for."""
+    monkeypatch.setattr(block, "most_rows", lambda _: 12)
+    model = model_of("llama")
+    embedded = list[int]()
+    with open_session(model, [list(range(20))]) as session:
+        model.model.embed_tokens.register_forward_hook(lambda *_: embedded.append(1) and None)
+        session.start()
+        session.step(torch.tensor([3]))
+    assert len(embedded) == 2
+
+
 def test_layers_that_were_taken_out_since_are_not_computed() -> None:
     model = model_of("llama")
     with open_session(model, [[5, 7]]) as session:
@@ -327,9 +386,35 @@ def test_the_largest_scores_come_in_order_and_of_equal_ones_the_first(vocabulary
     broken = torch.full((1, vocabulary), torch.nan)
     found = largest_scores(broken, 2)
     assert found is not None
-    assert found[1].sort().values.tolist() == [[0, 1]]
+    assert found[1].tolist() == [[0, 1]]
     assert largest_scores(broken.double(), 2) is None
     assert largest_scores(broken, vocabulary + 1) is None
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_what_is_not_a_number_is_the_largest(count: int) -> None:
+    scores = torch.randn(3, 300, generator=torch.Generator().manual_seed(0))
+    scores[0, [3, 250]] = scores[1, 299] = torch.nan
+    found = largest_scores(scores, count)
+    assert found is not None
+    assert found[1][:, 0].tolist() == scores.argmax(-1).tolist()
+    torch.testing.assert_close(found[0], scores.topk(count).values, equal_nan=True)
+
+
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_format_of_new_tensors_is_nobody_elses_choice(default: torch.dtype) -> None:
+    model = model_of("qwen2")  # its projections have biases, its output none
+    truth = Truth(model)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        with open_session(model, [[5, 7, 9]]) as session:
+            assert truth.near(session.start()[0], [5, 7, 9])
+        found = largest_scores(torch.arange(90, dtype=torch.float32)[None], 2)
+    finally:
+        torch.set_default_dtype(before)
+    assert found is not None
+    assert found[0].tolist() == [[89.0, 88.0]]
 
 
 @pytest.mark.parametrize("dtype", FORMATS)
@@ -355,6 +440,8 @@ def test_columns_move_one_after_another(dtype: torch.dtype) -> None:
         assert torch.equal(mine.values, other.values)
     lying = MaskedLayer(Place(length=8), 2, dtype=dtype, transposed=False, block=16)
     assert not move([lying], source, target)
+    empty = MaskedLayer(Place(length=8), 2, dtype=dtype, transposed=True, block=16)
+    assert not move([ours[0], empty], source, target)
 
 
 @pytest.mark.parametrize("in_chunks", [False, True])

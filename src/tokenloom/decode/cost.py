@@ -82,7 +82,8 @@ class CostCurve:
 
     def seconds(self, nodes: int) -> float:
         """Seconds of a whole round."""
-        return self.forward(nodes) + self._besides[nodes > 0]
+        # Where forwards were measured as too long, what is besides may come out below zero.
+        return max(self.forward(nodes) + self._besides[nodes > 0], 0.5 * self.forward(0))
 
     def knows(self, nodes: int) -> bool:
         """Whether rounds of about so many nodes were timed."""

@@ -9,24 +9,28 @@ they return gradients as ever.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-_open = 0
+_local = threading.local()
 
 
 @contextmanager
 def accumulating() -> Iterator[None]:
-    """While it lasts, a backward in this process may add to `.grad` directly; it must be one that accumulates."""
-    global _open
-    _open += 1
+    """While it lasts, a backward in this thread may add to `.grad` directly; it must be one that accumulates.
+
+    On a CPU a backward runs in the thread that calls it.
+    """
+    before = getattr(_local, "open", False)
+    _local.open = True
     try:
         yield
     finally:
-        _open -= 1
+        _local.open = before
 
 
 def accumulator(weight: Tensor) -> Tensor | None:
@@ -35,7 +39,7 @@ def accumulator(weight: Tensor) -> Tensor | None:
     Only plain parameters on the CPU that nobody listens to: hooks want to see gradients, and where a parameter is a
     part of something else, its gradient is somebody else's too.
     """
-    if not _open or type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
+    if not getattr(_local, "open", False) or type(weight) is not nn.Parameter or type(weight.data) is not Tensor:
         return None
     if weight.device.type != "cpu" or not weight.requires_grad:
         return None

@@ -33,6 +33,9 @@ TREE_NODES = 4096
 PART_NODES = 100
 """What a call costs besides its nodes (formats of weights and gradients, among other things), in nodes."""
 
+ABOUT = 1.1
+"""Times its budget that a micro-batch may have where this saves one."""
+
 BEYOND = 1.5
 """Of a long row's nodes: what a part may have with all that rows add which share its beginning."""
 
@@ -218,13 +221,19 @@ def _by_row(count: int, rows: Tensor) -> list[Tensor]:
 
 
 def _even_parts(tokens: list[Tensor], shared: list[int], budget: int) -> list[tuple[int, int]]:
-    """As many parts as `_parts` makes and no more nodes, but no larger than need be: the largest one takes memory."""
+    """As many parts as `_parts` makes and no more nodes, but no larger than need be: the largest one takes memory.
+
+    Where a budget `ABOUT` times as large makes do with fewer parts, it is taken: each part reads all weights.
+    """
 
     def nodes(parts: list[tuple[int, int]]) -> int:
         return sum(len(tokens[row]) - (shared[row] if row > a else 0) for a, b in parts for row in range(a, b))
 
-    parts = _parts(tokens, shared, budget)
-    most, low, high = nodes(parts), 0, budget
+    parts, high = _parts(tokens, shared, budget), budget
+    roomier = _parts(tokens, shared, round(ABOUT * budget))
+    if len(roomier) < len(parts):
+        parts, high = roomier, round(ABOUT * budget)
+    most, low = nodes(parts), 0
     while len(parts) > 1 and high - low > max(1, budget // 64):
         middle = (low + high) // 2
         tried = _parts(tokens, shared, middle)

@@ -322,7 +322,7 @@ def _is_plain(layer: Any, makes: dict[nn.Module, Make]) -> bool:
 
 def _scale(norm: Any, make: Make) -> Tensor:
     weight: Tensor = norm.weight.detach().float()
-    return weight + 1.0 if make is _shifted_rms_norm else weight
+    return (weight + 1.0 if make is _shifted_rms_norm else weight).contiguous()
 
 
 def _candidates(module: Any) -> list[Make]:

@@ -58,8 +58,9 @@ class TrainConfig(BaseModel):
     micro_batch_tokens: int = Field(
         1024,
         ge=1,
-        description="Prompt and response tokens that go through the model at once, shared prefixes once. A row that "
-        "needs about as many or more takes rows of the same prompt along, up to half as many tokens again.",
+        description="Prompt and response tokens that go through the model at once, shared prefixes once; up to a tenth "
+        "more where this makes one micro-batch fewer. A row that needs about as many or more takes rows of the same "
+        "prompt along, up to half as many tokens again.",
     )
     max_sampling_rounds: int = Field(
         4, ge=1, description="Times a step may sample anew when the algorithm drops groups (dynamic sampling)."

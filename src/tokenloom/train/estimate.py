@@ -26,7 +26,7 @@ import torch
 
 from tokenloom.policy import loading
 from tokenloom.policy.chat import encode_prompt
-from tokenloom.policy.tree_forward import BEYOND
+from tokenloom.policy.tree_forward import ABOUT, BEYOND
 from tokenloom.tasks import Item, Task
 from tokenloom.train.recipe import Recipe
 
@@ -169,16 +169,21 @@ def micro_batch_sizes(recipe: Recipe, prompt: int, groups: int) -> list[int]:
     Where prefixes are shared, a micro-batch computes a prompt once for all of its responses that it holds. The last
     token of a response is predicted, and predicts nothing.
     """
-    budget, size, answer = recipe.train.micro_batch_tokens, recipe.rollout.group_size, recipe.rollout.max_tokens - 1
+    size, answer = recipe.rollout.group_size, recipe.rollout.max_tokens - 1
     if not recipe.model.share_prefixes:
         row = prompt + answer
-        return [n * row for n in _dealt(groups * size, budget // row)]
-    group = prompt + size * answer
-    if group <= budget:
-        return [n * group for n in _dealt(groups, budget // group)]
-    if prompt > answer:
-        budget = max(budget, int(BEYOND * (prompt + answer)))
-    return [prompt + n * answer for n in _dealt(size, (budget - prompt) // max(answer, 1))] * groups
+        return [n * row for n in _dealt(groups * size, recipe.train.micro_batch_tokens // row)]
+
+    def of(budget: int) -> list[int]:
+        group = prompt + size * answer
+        if group <= budget:
+            return [n * group for n in _dealt(groups, budget // group)]
+        if prompt > answer:
+            budget = max(budget, int(BEYOND * (prompt + answer)))
+        return [prompt + n * answer for n in _dealt(size, (budget - prompt) // max(answer, 1))] * groups
+
+    sizes, roomier = (of(round(f * recipe.train.micro_batch_tokens)) for f in (1, ABOUT))
+    return roomier if len(roomier) < len(sizes) else sizes
 
 
 def _dealt(total: int, most: int) -> list[int]:

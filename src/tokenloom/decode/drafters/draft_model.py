@@ -27,6 +27,7 @@ class DraftModel(Drafter):
 
     slug = "draft-model"
     draws = True
+    misses = True  # it reads what it has missed when it drafts again
     guess = (0.6, 0.15, 0.08, 0.05)
 
     def __init__(

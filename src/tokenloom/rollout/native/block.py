@@ -94,7 +94,7 @@ def linear(layer: nn.Linear, dtype: torch.dtype, space: Space | None = None) -> 
 
     def forward(x: Tensor) -> Tensor:
         flat = x.to(dtype).reshape(-1, inputs).contiguous()
-        out = torch.empty(*x.shape[:-1], rows)
+        out = torch.empty(*x.shape[:-1], rows, dtype=torch.float32)
         call("linear", dtype, address(flat), len(flat), inputs, rows, ctypes.addressof(weight), address(out))
         return out
 
@@ -187,7 +187,8 @@ class CompiledLayer:
     ) -> Any:
         """As the layer's own forward."""
         held = past_key_values if cache is None else cache
-        if any(self._hooks) or not self.can(hidden_states, held, attention_mask, position_embeddings):
+        count = hidden_states.shape[0] * hidden_states.shape[1]
+        if any(self._hooks) or not self.can(count, held, attention_mask) or not self._turns(position_embeddings):
             given = {"cache": cache} if past_key_values is None else {"past_key_values": past_key_values}
             mine = {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
             return self._otherwise(hidden_states, **mine, **given, **others)
@@ -195,14 +196,17 @@ class CompiledLayer:
         assert position_embeddings is not None
         return compute([self], hidden_states, held, attention_mask, position_embeddings)
 
-    def can(self, hidden: Tensor, cache: Any, mask: Any, angles: tuple[Tensor, Tensor] | None) -> bool:
-        """Whether it serves hidden states [B, n, K] with such a cache, mask, and cosines and sines."""
+    def can(self, count: int, cache: Any, mask: Any) -> bool:
+        """Whether it serves so many new tokens of all rows, with such a cache and mask."""
         layer = None if cache is None else cache.layers[self.number]
         if not isinstance(layer, MaskedLayer) or not layer.holds(self.dtype) or not isinstance(mask, Tensor):
             return False
-        if not mask.is_floating_point() or mask.shape[-1] % PANEL or angles is None or angles[0].shape[-1] != self.size:
+        if not mask.is_floating_point() or mask.shape[-1] % PANEL:
             return False
-        return self._most is None or hidden.shape[0] * hidden.shape[1] <= self._most
+        return self._most is None or count <= self._most
+
+    def _turns(self, angles: tuple[Tensor, Tensor] | None) -> bool:
+        return angles is not None and angles[0].shape[-1] == self.size
 
     def room(self, rows: int, cache: Any, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of its own in `cache`, with columns for the new tokens."""
@@ -233,6 +237,8 @@ def compute(
     several = ctypes.c_void_p * len(layers)
     described = several(*(ctypes.addressof(one.described) for one in layers))
     rooms = [one.room(b, cache, hidden) for one in layers]
+    if any(values.shape[1] != mask.shape[-1] for _, values in rooms):
+        raise RuntimeError(f"a mask over {mask.shape[-1]} columns for a cache of {rooms[0][1].shape[1]}")
     keys, values = (several(*(x.data_ptr() for x in side)) for side in zip(*rooms, strict=True))
     at = [ctypes.addressof(x) for x in (described, made.step, keys, values)]
     call("blocks", first.dtype, at[0], len(layers), at[1], address(out), at[2], at[3])
@@ -257,7 +263,10 @@ def _made(place: Place, b: int, n: int, mask: Tensor, angles: tuple[Tensor, Tens
 def _biases(linears: Sequence[Any]) -> Tensor | None:
     if all(m.bias is None for m in linears):
         return None
-    return torch.cat([torch.zeros(m.out_features) if m.bias is None else m.bias.detach().float() for m in linears])
+    none = [torch.zeros(m.out_features, dtype=torch.float32) for m in linears]
+    return torch.cat(
+        [zeros if m.bias is None else m.bias.detach().float() for m, zeros in zip(linears, none, strict=True)]
+    )
 
 
 def _is_plain(module: Any) -> bool:

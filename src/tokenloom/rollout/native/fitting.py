@@ -48,12 +48,15 @@ def is_a_stack(trunk: Any, layers: Sequence[Any], calls: Mapping[Any, tuple[Any,
     if set(trunk._modules) != names or list(trunk.layers) != list(layers) or not layers:
         return False
     passed = [trunk.embed_tokens, *layers, trunk.norm, trunk]
-    if any(module not in calls for module in passed):
+    if any(module not in calls for module in passed) or not hasattr(calls[trunk][2], "last_hidden_state"):
         return False
     ids, positions = calls[trunk][1].get("input_ids"), calls[layers[0]][1].get("position_ids")
     given = [calls[module][0][0] if calls[module][0] else calls[module][1]["hidden_states"] for module in passed[1:-1]]
     gave = [_first(calls[module][2]) for module in passed]
-    angles = trunk.rotary_emb(gave[0], position_ids=positions)
+    try:
+        angles = trunk.rotary_emb(gave[0], position_ids=positions)
+    except (TypeError, AttributeError, RuntimeError, ValueError):
+        return False  # it takes other arguments
     used = [calls[layer][1].get("position_embeddings") for layer in layers]
     return (
         torch.equal(trunk.embed_tokens(ids), gave[0])

@@ -13,12 +13,15 @@
 
 namespace {
 
+// What is not a number is larger than all that are.
+inline bool larger(float a, float b) { return a > b || (a != a && b == b); }
+
 // The k largest of scores [V] in order, and where they stand; of equal ones the first. k <= V.
 void largest(const float* scores, int64_t V, int64_t k, float* values, int64_t* places) {
   int64_t held = 0;
   const auto insert = [&](float value, int64_t place) {
     int64_t at = std::min(held, k - 1);
-    for (; at > 0 && values[at - 1] < value; --at) values[at] = values[at - 1], places[at] = places[at - 1];
+    for (; at > 0 && larger(value, values[at - 1]); --at) values[at] = values[at - 1], places[at] = places[at - 1];
     values[at] = value, places[at] = place;
     held = std::min(held + 1, k);
   };
@@ -28,14 +31,14 @@ void largest(const float* scores, int64_t V, int64_t k, float* values, int64_t* 
     // Nearly all stretches of 64 hold none of the largest.
     const __m512 least = _mm512_set1_ps(values[k - 1]);
     for (; v + 64 <= V; v += 64) {
-      const __mmask16 a = _mm512_cmp_ps_mask(_mm512_loadu_ps(scores + v), least, _CMP_GT_OQ);
-      const __mmask16 b = _mm512_cmp_ps_mask(_mm512_loadu_ps(scores + v + 16), least, _CMP_GT_OQ);
-      const __mmask16 c = _mm512_cmp_ps_mask(_mm512_loadu_ps(scores + v + 32), least, _CMP_GT_OQ);
-      const __mmask16 d = _mm512_cmp_ps_mask(_mm512_loadu_ps(scores + v + 48), least, _CMP_GT_OQ);
+      const __mmask16 a = _mm512_cmp_ps_mask(_mm512_loadu_ps(scores + v), least, _CMP_NLE_UQ);
+      const __mmask16 b = _mm512_cmp_ps_mask(_mm512_loadu_ps(scores + v + 16), least, _CMP_NLE_UQ);
+      const __mmask16 c = _mm512_cmp_ps_mask(_mm512_loadu_ps(scores + v + 32), least, _CMP_NLE_UQ);
+      const __mmask16 d = _mm512_cmp_ps_mask(_mm512_loadu_ps(scores + v + 48), least, _CMP_NLE_UQ);
       if (a | b | c | d) break;
     }
     for (const int64_t end = std::min(v + 64, V); v < end; ++v) {
-      if (scores[v] > values[k - 1]) insert(scores[v], v);
+      if (larger(scores[v], values[k - 1])) insert(scores[v], v);
     }
   }
 }

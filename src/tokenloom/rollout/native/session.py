@@ -19,6 +19,8 @@ from tokenloom.rollout.native.calls import address, call
 def largest_scores(scores: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
     """Values and indices [N, count] of the largest of `scores` [N, V], in order, of equal ones the first.
 
+    What is not a number counts as larger than all that are, as it does in PyTorch.
+
     None for scores that are not float32 on the CPU, fewer than `count`, or without compiled code.
     """
     if scores.dtype != torch.float32 or scores.device.type != "cpu" or library() is None:
@@ -27,7 +29,7 @@ def largest_scores(scores: Tensor, count: int) -> tuple[Tensor, Tensor] | None:
     if not 0 < count <= v:
         return None
     scores = scores.contiguous()
-    values, places = torch.empty(n, count), torch.empty(n, count, dtype=torch.int64)
+    values, places = scores.new_empty(n, count), torch.empty(n, count, dtype=torch.int64)
     call("largest_scores", None, address(scores), n, v, count, address(values), address(places))
     return values, places
 
@@ -39,7 +41,7 @@ def move(layers: Sequence[Any], source: Tensor, target: Tensor) -> bool:
     there is compiled code for.
     """
     first = layers[0].keys
-    if first is None or first.device.type != "cpu" or not serves(first.dtype):
+    if any(layer.keys is None for layer in layers) or first.device.type != "cpu" or not serves(first.dtype):
         return False
     shape, dtype = first.shape, first.dtype
     if not all(layer.holds(dtype) and layer.keys.shape == layer.values.shape == shape for layer in layers):

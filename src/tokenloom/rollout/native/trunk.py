@@ -30,6 +30,7 @@ class CompiledTrunk:
     ) -> None:
         self._trunk, self._layers, self._norm, self._otherwise = trunk, layers, norm, otherwise
         self._output = output
+        self._parts = [trunk.rotary_emb, trunk.norm, *trunk.layers]
         self._cache = "cache" if "cache" in {field.name for field in fields(output)} else "past_key_values"
         self._heard = [trunk.norm._forward_hooks, trunk.norm._forward_pre_hooks]
         self._heard += [hooks for layer in layers for hooks in layer.watched]
@@ -53,16 +54,22 @@ class CompiledTrunk:
         held = past_key_values if cache is None else cache
         if (input_ids is None) == (inputs_embeds is None) or position_ids is None or held is None:
             return None
-        if others.pop("return_dict", True) is False or any(others.values()):
+        if others.pop("return_dict", True) is False or any(x is not None and x is not False for x in others.values()):
             return None
         if not use_cache or torch.nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
             return None
-        layer = held.layers[0]
+        layer, trunk = held.layers[0], self._trunk
         if not isinstance(layer, MaskedLayer) or not layer.place.alike:
             return None
-        hidden = self._trunk.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        angles = self._trunk.rotary_emb(hidden, position_ids=position_ids)
-        if not self._layers[0].can(hidden, held, attention_mask, angles):
+        # Somebody may have put other parts in, or left some out.
+        if [trunk.rotary_emb, trunk.norm, *trunk.layers] != self._parts:
             return None
+        if trunk.config.num_hidden_layers != len(self._layers):
+            return None
+        given = input_ids if inputs_embeds is None else inputs_embeds
+        if given is None or not self._layers[0].can(given.shape[0] * given.shape[1], held, attention_mask):
+            return None
+        hidden = trunk.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        angles = trunk.rotary_emb(hidden, position_ids=position_ids)
         out = compute(self._layers, hidden, held, attention_mask, angles, self._norm)
         return self._output(last_hidden_state=out, **{self._cache: held})
