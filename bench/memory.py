@@ -61,7 +61,7 @@ def _row(
     label += f"; TRL: {described(peer)}"
     trl = Side("TRL", "bench.grpo_step:trl", {**work, **peer}, ("trl",), INSTALL)
     # Peaks of processes of their own hardly differ; with long prompts a process of TRL takes some minutes.
-    runs = 5 if shape["prompt_tokens"] < 100 else 2
+    runs = 3 if shape["prompt_tokens"] < 100 else 1
     return Row(label, (side, trl), runs=runs, fresh=True, targets=(Target("peak_rss", "TRL", at_least=3.0),))
 
 
