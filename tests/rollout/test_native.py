@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from tiny_models import TINY, tiny_llama
 from tokenloom.decode.session import ROOT, open_session
@@ -321,6 +322,9 @@ def test_what_a_session_is_asked_for_beside_scores() -> None:
         output = model(ids, output_hidden_states=True, use_cache=True)
         assert len(output.hidden_states) == 4
         assert len(model(ids, return_dict=False)) == 2
+        # A cache that is given its layers as they come.
+        expected = model(ids).logits
+        assert torch.allclose(model(ids, past_key_values=DynamicCache(), use_cache=True).logits, expected, atol=1e-5)
 
 
 def test_a_layer_of_another_function_or_size_is_not_compiled(monkeypatch: pytest.MonkeyPatch) -> None:

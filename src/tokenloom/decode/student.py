@@ -252,7 +252,8 @@ def _head_gradient(
         p, q = (x.detach().log_softmax(-1).clamp_(min=_NEVER) for x in (laws, scores))
         chances = p.exp()
         total += float(torch.linalg.vecdot(chances, p.sub_(q)).sum()) / len(hidden)
-        scores.backward(q.exp_().sub_(chances).div_(len(hidden)))  # type: ignore[no-untyped-call]
+        slope = q.exp_().sub_(chances).div_(len(hidden))
+        scores.backward(slope)  # type: ignore[no-untyped-call]  # PyTorch's has no annotations
         assert part.grad is not None
         gradient[begin : begin + size] = part.grad
     return total, gradient

@@ -167,7 +167,8 @@ def _gated_mlp(module: Any) -> Form:
 
 def _embedding(module: Any) -> Form:
     padding = -1 if module.padding_idx is None else module.padding_idx
-    return lambda ids: _Embedding.apply(ids, module.weight, padding)  # type: ignore[no-untyped-call]
+    apply: Callable[..., Tensor] = _Embedding.apply  # torch leaves it without a type
+    return lambda ids: apply(ids, module.weight, padding)
 
 
 def _candidates(module: Any) -> list[Make]:

@@ -193,6 +193,15 @@ class MaskedLayer(DynamicLayer):  # type: ignore[no-untyped-call]  # the parent'
         return states.view(-1, self._heads, *states.shape[1:])
 
 
+def masked_layer(cache: Any, number: int) -> MaskedLayer | None:
+    """That layer of a cache, if it is masked; None for other ones, without a cache, or before it has such a layer."""
+    try:
+        layer = None if cache is None else cache.layers[number]
+    except LookupError:  # a cache may be given its layers as they come
+        return None
+    return layer if isinstance(layer, MaskedLayer) else None
+
+
 def _widened(states: Tensor, dim: int, capacity: int) -> Tensor:
     shape = list(states.shape)
     length, shape[dim] = shape[dim], capacity

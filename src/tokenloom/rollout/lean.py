@@ -164,7 +164,7 @@ def _gated_mlp(module: Any) -> Form:
 def _attention(module: Any) -> Form:
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    from tokenloom.rollout.cache import MaskedLayer
+    from tokenloom.rollout.cache import masked_layer
 
     inner, outer = product([module.q_proj, module.k_proj, module.v_proj]), product([module.o_proj])
     size, scaling, number, shared = module.head_dim, module.scaling, module.layer_idx, module.num_key_value_groups
@@ -187,8 +187,8 @@ def _attention(module: Any) -> Form:
         both = _turned(both, position_embeddings)
         query, key = both[:, :, :-groups], both[:, :, -groups:]
         cache = past_key_values if cache is None else cache
-        layer = None if cache is None else cache.layers[number]
-        if isinstance(layer, MaskedLayer) and attention_mask is not None:
+        layer = masked_layer(cache, number)
+        if layer is not None and attention_mask is not None:
             keys, values = layer.write(key, value)
             if n == 1 or n * keys.shape[1] <= _FEW:
                 return outer(attend(query, keys, values, attention_mask, scaling)), None

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenloom.rollout.cache import MaskedLayer, Place, columns_for
+from tokenloom.rollout.cache import Place, columns_for, masked_layer
 from tokenloom.rollout.native.build import serves
 from tokenloom.rollout.native.calls import address, call
 from tokenloom.rollout.native.weights import PANEL, Space, Weight, weight_of
@@ -198,8 +198,8 @@ class CompiledLayer:
 
     def can(self, count: int, cache: Any, mask: Any) -> bool:
         """Whether it serves so many new tokens of all rows, with such a cache and mask."""
-        layer = None if cache is None else cache.layers[self.number]
-        if not isinstance(layer, MaskedLayer) or not layer.holds(self.dtype) or not isinstance(mask, Tensor):
+        layer = masked_layer(cache, self.number)
+        if layer is None or not layer.holds(self.dtype) or not isinstance(mask, Tensor):
             return False
         if not mask.is_floating_point() or mask.shape[-1] % PANEL:
             return False

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenloom.rollout.cache import MaskedLayer
+from tokenloom.rollout.cache import masked_layer
 from tokenloom.rollout.native.block import CompiledLayer, compute
+
+_everybody_is_heard: Callable[[], bool] = torch.nn.modules.module._has_any_global_hook  # torch leaves it without a type
+"""Whether someone listens to all modules there are."""
 
 
 class CompiledTrunk:
@@ -56,10 +59,10 @@ class CompiledTrunk:
             return None
         if others.pop("return_dict", True) is False or any(x is not None and x is not False for x in others.values()):
             return None
-        if not use_cache or torch.nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        if not use_cache or _everybody_is_heard():
             return None
-        layer, trunk = held.layers[0], self._trunk
-        if not isinstance(layer, MaskedLayer) or not layer.place.alike:
+        layer, trunk = masked_layer(held, 0), self._trunk
+        if layer is None or not layer.place.alike:
             return None
         # Somebody may have put other parts in, or left some out.
         if [trunk.rotary_emb, trunk.norm, *trunk.layers] != self._parts:
